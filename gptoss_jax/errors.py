@@ -1,0 +1,50 @@
+"""The named errors a user can meet; each message says what was found, where, and what to do.
+
+The command line prints any of them in one line and exits with code 2 (see gptoss_jax/cli.py).
+"""
+
+
+class GptOssError(Exception):
+    """Base of every error caused by input rather than by a bug."""
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(f"{what}: {where}: {fix}")
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+
+class ConfigError(GptOssError):
+    """A config.json with an unknown, missing or impossible entry."""
+
+
+class CheckpointError(GptOssError):
+    """A checkpoint that is incomplete, damaged, or not what its config says."""
+
+
+class ConversionError(GptOssError):
+    """A conversion that cannot start or go on."""
+
+
+class ShardingError(GptOssError):
+    """A mesh that does not exist or does not divide the model."""
+
+
+class PromptError(GptOssError):
+    """A prompt the model cannot take: empty, too long, or with ids outside the vocabulary."""
+
+
+class CacheError(GptOssError):
+    """A key/value cache that has no room for what was asked."""
+
+
+class SamplingError(GptOssError):
+    """A sampling setting outside its range."""
+
+
+class VocabularyError(GptOssError):
+    """The o200k vocabulary cannot be found or is not the published one."""
+
+
+class ConversationError(GptOssError):
+    """A conversation that cannot be written in the harmony format."""
