@@ -1,0 +1,164 @@
+"""The key/value cache: pools of pages, one page table per layer kind, one length per row.
+
+A full layer's table grows with the context. A sliding layer's table is a ring: page number p of a row lies in entry
+p modulo the ring's width, and the ring is just wide enough for the window and one chunk of new tokens. That width is
+all that tells the two kinds apart, so writing, reading and masking are one code.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from gptoss_jax.config import LayerKind, ModelConfig
+from gptoss_jax.errors import CacheError
+from gptoss_jax.sharding import activation, check_batch, per_row
+
+PAGE_SLOTS = 64
+"""Tokens in a page."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where the tokens of one chunk go in a layer kind's pools, and which keys they see.
+
+    Page numbers at or past the pool's end stand for "nowhere": what is written there is dropped.
+    """
+
+    pages: Any
+    """`B T`: the page each new key and value is written to."""
+    slots: Any
+    """`B T`: the slot within that page."""
+    table: Any
+    """`B pages`: the row's pages in the order of their positions."""
+    first: Any
+    """`B T`: the first key visible to each token, counted in slots from the table's beginning."""
+    last: Any
+    """`B T`: the last one; below `first` for tokens that are padding."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, for the rows of one batch.
+
+    Example:
+        >>> from gptoss_jax.config import gpt_oss_20b
+        >>> cache = jax.eval_shape(lambda: Cache.create(gpt_oss_20b(), batch=1, max_length=131072))
+        >>> round(cache.nbytes / 2**20)  # 3072 MiB of full layers, 16.5 MiB of sliding layers
+        3089
+    """
+
+    keys: tuple[Any, ...]
+    """One pool per layer, `P K slots H`; layers of one kind use the same page numbers."""
+    values: tuple[Any, ...]
+    tables: dict[LayerKind, Any]
+    """Per layer kind `B pages`: the page numbers of each row, counted within the row's own data shard."""
+    lengths: Any
+    """`B`: tokens held so far."""
+    max_chunk: int = dataclasses.field(metadata={"static": True})
+    """The most tokens one step may add to a row."""
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        batch: int,
+        max_length: int,
+        max_chunk: int = 512,
+        dtype: Any = jnp.bfloat16,
+        mesh: Mesh | None = None,
+    ) -> Self:
+        """An empty cache with room for `max_length` tokens in each of `batch` rows.
+
+        Its bytes: 2 * K * H * itemsize for each token of each full layer, and for each sliding layer a ring that
+        holds the window and one chunk, whatever `max_length` is.
+
+        Without `mesh` the cache goes where the ambient mesh says, so that a traced function can make one.
+
+        Raises CacheError if `max_length` is outside the model's context, ShardingError if rows do not divide.
+        """
+        if not 0 < max_length <= config.max_context:
+            raise CacheError(
+                f"room for {max_length} tokens asked for",
+                where=f"a model with a context of {config.max_context}",
+                fix=f"ask for 1 to {config.max_context}",
+            )
+        if mesh is not None:
+            check_batch(batch, mesh)
+            with jax.set_mesh(mesh):
+                build = functools.partial(cls.create, config, batch=batch, max_length=max_length, max_chunk=max_chunk)
+                return jax.jit(functools.partial(build, dtype=dtype))()
+        max_chunk = min(max_chunk, max_length)
+        all_pages = -(-max_length // PAGE_SLOTS)
+        ring_pages = -(-(config.sliding_window + max_chunk - 2) // PAGE_SLOTS) + 1
+        widths: dict[LayerKind, int] = {
+            "full_attention": all_pages,
+            "sliding_attention": min(ring_pages, all_pages),
+        }
+
+        ambient = jax.sharding.get_abstract_mesh()
+        rows_in_shard = batch // ambient.shape.get("data", 1)
+
+        def zeros(dims: str, shape: tuple[int, ...], dtype: Any) -> Array:
+            return jnp.zeros(shape, dtype, out_sharding=None if ambient.empty else activation(dims))
+
+        def pools() -> tuple[Array, ...]:
+            return tuple(
+                zeros("P K S H", (batch * widths[kind], config.num_kv_heads, PAGE_SLOTS, config.head_dim), dtype)
+                for kind in config.layer_kinds
+            )
+
+        def table(width: int) -> Array:
+            row = zeros("B", (batch,), jnp.int32) + jnp.arange(batch, dtype=jnp.int32) % rows_in_shard
+            return row[:, None] * width + jnp.arange(width, dtype=jnp.int32)
+
+        return cls(
+            keys=pools(),
+            values=pools(),
+            tables={kind: table(widths[kind]) for kind in sorted(set(config.layer_kinds))},
+            lengths=zeros("B", (batch,), jnp.int32),
+            max_chunk=max_chunk,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, over all devices."""
+        return sum(pool.size * pool.dtype.itemsize for pool in (*self.keys, *self.values))
+
+    def step(self, kind: LayerKind, counts: Int[Array, " B"], num_tokens: int, config: ModelConfig) -> Step:
+        """Plan the addition of `counts[b]` tokens to each row, out of a chunk of `num_tokens` (the rest is padding)."""
+        window = config.sliding_window if kind == "sliding_attention" else config.max_context
+        pool = self.keys[config.layer_kinds.index(kind)]
+        slots_per_page = pool.shape[2]
+
+        def plan(table: Int[Array, "B pages"], lengths: Int[Array, " B"], counts: Int[Array, " B"]) -> Step:
+            width = table.shape[1]
+            offset = jnp.arange(num_tokens, dtype=jnp.int32)
+            position = lengths[:, None] + offset
+            is_token = offset < counts[:, None]
+            page = jnp.take_along_axis(table, (position // slots_per_page) % width, axis=1)
+            last_page = jnp.maximum(lengths + counts - 1, 0) // slots_per_page
+            base_page = jnp.maximum(last_page - width + 1, 0)
+            entries = (base_page[:, None] + jnp.arange(width, dtype=jnp.int32)) % width
+            base = base_page[:, None] * slots_per_page
+            return Step(
+                pages=jnp.where(is_token, page, pool.shape[0]),
+                slots=position % slots_per_page,
+                table=jnp.take_along_axis(table, entries, axis=1),
+                first=jnp.maximum(position - window + 1, 0) - base,
+                last=jnp.where(is_token, position - base, -1),
+            )
+
+        return per_row(plan)(self.tables[kind], self.lengths, counts)

@@ -1,0 +1,181 @@
+"""The whole model: embedding, layers, final norm, unembedding; a pure function of weights, tokens and cache."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.config import LayerKind, ModelConfig
+from gptoss_jax.errors import PromptError
+from gptoss_jax.model.attention import Attention
+from gptoss_jax.model.cache import Cache, Step
+from gptoss_jax.model.experts import Experts, route
+from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
+from gptoss_jax.model.rope import rotations
+from gptoss_jax.sharding import check_batch, check_mesh, make_mesh, place
+from pallas_kernels.dispatch import Impl
+
+
+class Layer(nnx.Module):
+    """Attention and experts, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.kind = kind
+        self.experts_per_token = config.experts_per_token
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.experts_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.router = Router(config.num_experts, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        *,
+        keys: Float[Array, "P K slots H"],
+        values: Float[Array, "P K slots H"],
+        step: Step,
+        impl: Impl,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+        attended, keys, values = self.attention(
+            self.attention_norm(x), rotation, keys=keys, values=values, step=step, impl=impl
+        )
+        x = x + attended
+        normed = self.experts_norm(x)
+        expert_ids, routing = route(self.router(normed), self.experts_per_token)
+        return x + self.experts(normed, expert_ids, routing, impl=impl), keys, values
+
+
+class Transformer(nnx.Module):
+    """A gpt-oss model. Parameters are named and shaped as in the checkpoint (docs/checkpoint.md).
+
+    Build it under `jax.set_mesh`; `build` does so, and `gptoss_jax.load` fills it with a checkpoint's weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, mesh: Mesh, dtype: Any, rngs: nnx.Rngs, impl: Impl = "auto") -> None:
+        self.config = config
+        self.mesh = mesh
+        self.dtype = jnp.dtype(dtype)
+        self.impl: Impl = impl
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(Layer(config, kind, dtype=dtype, rngs=rngs) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.unembedding = Unembedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
+        """The logits that follow each token, in float32, each row read from its beginning, without a cache.
+
+        Raises PromptError for ids outside the vocabulary and rows past the context, ShardingError for a batch that
+        does not divide over the mesh's data axis. Under a jit of the caller's, ids cannot be checked.
+
+        Example:
+            >>> from gptoss_jax.config import gpt_oss_20b
+            >>> small = dataclasses.replace(
+            ...     gpt_oss_20b(), num_layers=1, layer_kinds=("full_attention",), hidden_size=64, num_experts=4
+            ... )
+            >>> build(small)(jnp.array([[1, 2, 3]])).shape
+            (1, 3, 201088)
+        """
+        check_batch(tokens.shape[0], self.mesh)
+        if tokens.shape[1] > self.config.max_context:
+            raise PromptError(
+                f"{tokens.shape[1]} tokens", where="prompt", fix=f"the context is {self.config.max_context} tokens"
+            )
+        if not isinstance(tokens, jax.core.Tracer):
+            check_ids(np.asarray(tokens), self.config.vocab_size, where="tokens")
+            tokens = place(tokens, self.mesh)
+        return _logits(self, tokens)
+
+    def advance(
+        self, tokens: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Read `counts[b]` of each row's tokens (the rest is padding) after what the cache holds.
+
+        Returns the last layer's normed output and the cache with these tokens in it. Pure and unchecked: the caller
+        sees to it that a step has at most `cache.max_chunk` tokens and that rows fit the cache. Runs under
+        `ambient_mesh`.
+        """
+        num_tokens = tokens.shape[1]
+        steps = {kind: cache.step(kind, counts, num_tokens, self.config) for kind in cache.tables}
+        positions = cache.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+        rotation = rotations(positions, self.config)
+        x = self.embedding(tokens)
+        keys, values = list(cache.keys), list(cache.values)
+        for index, layer in enumerate(self.layers):
+            x, keys[index], values[index] = layer(
+                x, rotation, keys=keys[index], values=values[index], step=steps[layer.kind], impl=self.impl
+            )
+        lengths = cache.lengths + counts
+        return self.norm(x), dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
+
+
+@contextlib.contextmanager
+def ambient_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make `mesh` the one that shardings refer to, inside a traced function or outside."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+@jax.jit
+def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    with ambient_mesh(model.mesh):
+        batch, num_tokens = tokens.shape
+        cache = Cache.create(
+            model.config, batch=batch, max_length=num_tokens, max_chunk=num_tokens, dtype=model.dtype
+        )
+        counts = jnp.full((batch,), num_tokens, jnp.int32)
+        hidden, _ = model.advance(tokens, counts, cache)
+        return model.unembedding(hidden)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
+    """Raise PromptError, naming the first place, if an id is outside the vocabulary."""
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        index = tuple(int(part) for part in np.argwhere(outside)[0])
+        raise PromptError(
+            f"token id {tokens[index]} at {index}",
+            where=where,
+            fix=f"ids of this model's vocabulary are 0 to {vocab_size - 1}",
+        )
+
+
+def build(
+    config: ModelConfig, *, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, seed: int = 0, impl: Impl = "auto"
+) -> Transformer:
+    """A model with seeded random weights, each made on the devices that hold it.
+
+    Raises ShardingError if the mesh does not divide the model.
+    """
+    make, mesh = _maker(config, mesh, dtype, impl)
+    with jax.set_mesh(mesh):
+        return jax.jit(make)(jax.random.key(seed))
+
+
+def abstract(
+    config: ModelConfig, *, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16, impl: Impl = "auto"
+) -> Transformer:
+    """The model with shapes, dtypes and shardings in place of weights: what a checkpoint is restored into."""
+    make, mesh = _maker(config, mesh, dtype, impl)
+    with jax.set_mesh(mesh):
+        return nnx.eval_shape(make, jax.random.key(0))
+
+
+def _maker(
+    config: ModelConfig, mesh: Mesh | None, dtype: Any, impl: Impl
+) -> tuple[Callable[[Array], Transformer], Mesh]:
+    mesh = make_mesh() if mesh is None else mesh
+    check_mesh(config, mesh)
+
+    def make(key: Array) -> Transformer:
+        return Transformer(config, mesh=mesh, dtype=dtype, rngs=nnx.Rngs(key), impl=impl)
+
+    return make, mesh
