@@ -99,6 +99,11 @@ def place(rows: Any, mesh: Mesh) -> Any:
     return jax.device_put(rows, NamedSharding(mesh, P("data")))
 
 
+def replicate(values: Any, mesh: Mesh) -> Any:
+    """Put a pytree of host arrays whole on every device of the mesh."""
+    return jax.device_put(values, NamedSharding(mesh, P()))
+
+
 def per_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run a function whose arguments and results all have the batch as first dim on each device's own rows.
 

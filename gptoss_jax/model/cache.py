@@ -6,7 +6,6 @@ all that tells the two kinds apart, so writing, reading and masking are one code
 """
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -93,8 +92,7 @@ class Cache:
         if mesh is not None:
             check_batch(batch, mesh)
             with jax.set_mesh(mesh):
-                build = functools.partial(cls.create, config, batch=batch, max_length=max_length, max_chunk=max_chunk)
-                return jax.jit(functools.partial(build, dtype=dtype))()
+                return _create_on_mesh(config, batch=batch, max_length=max_length, max_chunk=max_chunk, dtype=dtype)
         max_chunk = min(max_chunk, max_length)
         all_pages = -(-max_length // PAGE_SLOTS)
         ring_pages = -(-(config.sliding_window + max_chunk - 2) // PAGE_SLOTS) + 1
@@ -162,3 +160,6 @@ class Cache:
             )
 
         return per_row(plan)(self.tables[kind], self.lengths, counts)
+
+
+_create_on_mesh = jax.jit(Cache.create, static_argnums=0, static_argnames=("batch", "max_length", "max_chunk", "dtype"))

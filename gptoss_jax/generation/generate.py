@@ -1,0 +1,229 @@
+"""Ids in, ids out: a batch to its end, or one prompt token by token. Knows no text."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.errors import PromptError, SamplingError
+from gptoss_jax.generation.sampling import Sampling, SamplingRows
+from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, start
+from gptoss_jax.harmony.tokens import STOP_IDS
+from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.transformer import Transformer, check_ids
+from gptoss_jax.sharding import place, replicate
+
+FinishReason = Literal["stop", "length"]
+
+PREFILL_CHUNK = 512
+_SMALLEST_CHUNK = 16
+_MAX_STREAM_STEPS = 32
+_STREAM_SECONDS = 0.05  # a dispatch this short leaves a stream smooth
+_MAX_TOP_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    logprob: float
+    """Under the model itself: temperature 1, nothing cut off."""
+    top_logprobs: tuple[tuple[int, float], ...]
+    """The most probable tokens with their log-probabilities, best first; as many as asked for."""
+    finish_reason: FinishReason | None
+    """Set on the last token: "stop" if it is a stop id, "length" if no more were allowed or fit the context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What followed one prompt."""
+
+    tokens: tuple[Token, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids, a stop id included."""
+        return [token.id for token in self.tokens]
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended."""
+        reason = self.tokens[-1].finish_reason
+        assert reason is not None
+        return reason
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = STOP_IDS,
+    top_logprobs: int = 0,
+) -> list[Completion]:
+    """Continue each prompt until a stop id, `max_new_tokens`, or the end of the context.
+
+    Prompts may differ in length, and each may have a sampling of its own. A row's tokens depend on its prompt and
+    its sampling, not on its neighbours (in float32 exactly; in bfloat16 up to rounding that differs with the batch).
+
+    Raises PromptError for prompts that are empty, too long, or have ids outside the vocabulary; SamplingError for
+    settings out of range.
+
+    Example:
+        >>> import dataclasses, jax.numpy as jnp
+        >>> from gptoss_jax.config import gpt_oss_20b
+        >>> from gptoss_jax.model.transformer import build
+        >>> small = dataclasses.replace(gpt_oss_20b(), num_layers=1, layer_kinds=("full_attention",), hidden_size=64)
+        >>> completions = generate(build(small), [[1, 2, 3], [4]], Sampling(temperature=0.0), max_new_tokens=5)
+        >>> [len(completion.ids) for completion in completions]
+        [5, 5]
+    """
+    if sampling is None or isinstance(sampling, Sampling):
+        sampling = [sampling or Sampling()] * len(prompts)
+    if len(sampling) != len(prompts):
+        raise SamplingError(
+            f"{len(sampling)} samplings for {len(prompts)} prompts", where="sampling", fix="give one, or one a prompt"
+        )
+    if not prompts:
+        return []
+    run = _Run(model, prompts, sampling, max_new_tokens, stop_ids, top_logprobs)
+    rows = run.first
+    while run.running:
+        for row, new in zip(rows, run.more(DECODE_BUFFER), strict=True):
+            row.extend(new)
+    return [Completion(tuple(row)) for row in rows]
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = STOP_IDS,
+    top_logprobs: int = 0,
+) -> Iterator[Token]:
+    """Continue one prompt as `generate` does, yielding each token as it comes.
+
+    Several tokens are decoded per dispatch, as many as keep the stream smooth: one on a machine that takes long for
+    each, up to 32 on a fast one. Bad input raises at the first `next`.
+    """
+    run = _Run(model, [prompt], [sampling or Sampling()], max_new_tokens, stop_ids, top_logprobs)
+    yield from run.first[0]
+    steps = 1
+    while run.running:
+        began = time.perf_counter()
+        yield from run.more(steps)[0]
+        elapsed = time.perf_counter() - began
+        steps = min(2 * steps, _MAX_STREAM_STEPS) if elapsed < _STREAM_SECONDS else max(1, steps // 2)
+
+
+class _Run:
+    """A batch on its way: prompts read, first tokens chosen, and more on demand."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        top_logprobs: int,
+    ) -> None:
+        _check(model, prompts, max_new_tokens, top_logprobs)
+        self._model, self._num_prompts, self._num_top = model, len(prompts), top_logprobs
+        self._stop_ids = frozenset(stop_ids)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        # The last token chosen never enters the cache, so the context has room for one more than it holds.
+        remaining = np.minimum(max_new_tokens, model.config.max_context - lengths + 1).astype(np.int32)
+        room = min(_round_up(int(np.max(lengths + remaining - 1))), model.config.max_context)
+
+        padding = -len(prompts) % model.mesh.shape["data"]
+        prompts = [*prompts, *[[]] * padding]
+        sampling = SamplingRows.of([*sampling, *[Sampling(temperature=0.0)] * padding])
+        cache = Cache.create(
+            model.config,
+            batch=len(prompts),
+            max_length=room,
+            max_chunk=PREFILL_CHUNK,
+            dtype=model.dtype,
+            mesh=model.mesh,
+        )
+        logits, self._cache = _read(model, cache, prompts)
+        self._stops = replicate(np.array(sorted(self._stop_ids) or [-1], np.int32), model.mesh)
+        remaining, sampling = place((np.pad(remaining, (0, padding)), sampling), model.mesh)
+        self._rows, chosen = start(model, logits, remaining, sampling, self._stops, num_top=top_logprobs)
+        self.first = self._tokens(chosen)
+
+    def more(self, limit: int) -> list[list[Token]]:
+        """Up to `limit` further tokens of each row, after one dispatch."""
+        self._rows, chosen, self._cache = decode(
+            self._model, self._cache, self._rows, self._stops, limit, num_top=self._num_top
+        )
+        return self._tokens(chosen)
+
+    def _tokens(self, chosen: Chosen) -> list[list[Token]]:
+        chosen, remaining = jax.device_get((chosen, self._rows.remaining))
+        self.running = bool(remaining.any())
+        return [self._row_tokens(chosen, row, stopped=remaining[row] == 0) for row in range(self._num_prompts)]
+
+    def _row_tokens(self, chosen: Chosen, row: int, *, stopped: bool) -> list[Token]:
+        count = int(chosen.counts[row])
+        tokens = []
+        for column in range(count):
+            token_id = int(chosen.ids[row, column])
+            top = zip(chosen.top_ids[row, column].tolist(), chosen.top_logprobs[row, column].tolist(), strict=True)
+            reason: FinishReason | None = None
+            if stopped and column == count - 1:
+                reason = "stop" if token_id in self._stop_ids else "length"
+            tokens.append(Token(token_id, float(chosen.logprobs[row, column]), tuple(top), reason))
+        return tokens
+
+
+def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Cache]:
+    """Read ragged prompts chunk by chunk; returns the logits after each row's last token.
+
+    Chunks are PREFILL_CHUNK long, the last one a power of two: few shapes, so few compilations.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    logits = None
+    for begin in range(0, tokens.shape[1], cache.max_chunk):
+        chunk = tokens[:, begin : begin + cache.max_chunk]
+        size = min(max(_SMALLEST_CHUNK, 1 << (chunk.shape[1] - 1).bit_length()), cache.max_chunk)
+        chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
+        counts = np.clip(lengths - begin, 0, size).astype(np.int32)
+        chunk, counts = place((chunk, counts), model.mesh)
+        new_logits, cache = prefill(model, cache, chunk, counts)
+        logits = new_logits if logits is None else jnp.where(counts[:, None] > 0, new_logits, logits)
+    assert logits is not None
+    return logits, cache
+
+
+def _round_up(length: int) -> int:
+    """Round a cache length up to one of four steps per power of two: few shapes, at most a quarter unused."""
+    step = max(64, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, top_logprobs: int) -> None:
+    context = model.config.max_context
+    if max_new_tokens < 1:
+        raise SamplingError(f"max_new_tokens is {max_new_tokens}", where="generate", fix="ask for 1 or more")
+    if not 0 <= top_logprobs <= _MAX_TOP_LOGPROBS:
+        raise SamplingError(f"top_logprobs is {top_logprobs}", where="generate", fix=f"choose 0 to {_MAX_TOP_LOGPROBS}")
+    for index, prompt in enumerate(prompts):
+        where = f"prompt {index}"
+        if not len(prompt):
+            raise PromptError("no tokens", where=where, fix="give at least one token")
+        if len(prompt) > context:
+            raise PromptError(f"{len(prompt)} tokens", where=where, fix=f"the context is {context} tokens; shorten it")
+        check_ids(np.asarray(prompt), model.config.vocab_size, where=where)

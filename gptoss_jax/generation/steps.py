@@ -1,0 +1,157 @@
+"""The two jitted steps that everything which generates is made of: prefill a chunk, decode many tokens."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.generation.sampling import SamplingRows, sample
+from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.transformer import Transformer, ambient_mesh
+from gptoss_jax.sharding import activation, per_row
+
+DECODE_BUFFER = 256
+"""The most tokens one dispatch of `decode` can return per row."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What decoding must remember of each row between dispatches; every field has B entries."""
+
+    last: Any
+    """The newest token: chosen, but not yet in the cache."""
+    drawn: Any
+    """Tokens chosen so far."""
+    remaining: Any
+    """Tokens it may still choose; 0 once it has stopped."""
+    sampling: SamplingRows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Newly chosen tokens, a column per step. A row's first `counts` columns are meant, the rest is filler."""
+
+    ids: Any
+    """`B steps`."""
+    logprobs: Any
+    """`B steps`: log-probability of each under the model itself (temperature 1, nothing cut off)."""
+    top_ids: Any
+    """`B steps top`: the most probable tokens, best first."""
+    top_logprobs: Any
+    """`B steps top`."""
+    counts: Any
+    """`B`."""
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def prefill(
+    model: Transformer, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Read the first `counts[b]` of each row's tokens after what the cache holds; the rest of the row is padding.
+
+    Returns the logits that follow each row's last token (of no meaning where the count is 0) and the cache, whose
+    buffers are those of the one passed in. The caller keeps to `cache.max_chunk` tokens a call and to the cache's
+    length: neither can be checked here.
+    """
+    with ambient_mesh(model.mesh):
+        hidden, cache = model.advance(tokens, counts, cache)
+        return model.unembedding(per_row(_last_token)(hidden, counts))[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames="num_top")
+def start(
+    model: Transformer,
+    logits: Float[Array, "B V"],
+    remaining: Int[Array, " B"],
+    sampling: SamplingRows,
+    stop_ids: Int[Array, " stops"],
+    *,
+    num_top: int,
+) -> tuple[Rows, Chosen]:
+    """Choose each row's first token from the logits of its prompt; rows with nothing remaining choose none."""
+    with ambient_mesh(model.mesh):
+        drawn = jnp.zeros_like(remaining)
+        token, *scores = per_row(functools.partial(_choose, num_top=num_top))(logits, sampling, drawn)
+        rows = Rows(last=token, drawn=drawn, remaining=remaining, sampling=sampling)
+        columns = [column[:, None] for column in (token, *scores)]
+        return _after_choice(rows, token, stop_ids), Chosen(*columns, counts=(remaining > 0).astype(jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="num_top")
+def decode(
+    model: Transformer,
+    cache: Cache,
+    rows: Rows,
+    stop_ids: Int[Array, " stops"],
+    limit: Int[Array, ""] | int,
+    *,
+    num_top: int,
+) -> tuple[Rows, Chosen, Cache]:
+    """Choose up to `limit` (at most DECODE_BUFFER) tokens per row without leaving the device.
+
+    A row stops after a stop id, or when it has none remaining; the loop ends early once all rows have. The stop id
+    itself is among the chosen.
+    """
+    batch = rows.last.shape[0]
+
+    def buffer(dtype: Any, *tail: int) -> Array:
+        return jnp.zeros((batch, DECODE_BUFFER, *tail), dtype, out_sharding=activation("B"))
+
+    def going(state: tuple[Array, Rows, Chosen, Cache]) -> Array:
+        step, rows, _, _ = state
+        return (step < jnp.minimum(limit, DECODE_BUFFER)) & jnp.any(rows.remaining > 0)
+
+    def body(state: tuple[Array, Rows, Chosen, Cache]) -> tuple[Array, Rows, Chosen, Cache]:
+        step, rows, chosen, cache = state
+        active = (rows.remaining > 0).astype(jnp.int32)
+        hidden, cache = model.advance(rows.last[:, None], active, cache)
+        logits = model.unembedding(hidden)[:, 0]
+        columns = per_row(functools.partial(_choose, num_top=num_top))(logits, rows.sampling, rows.drawn)
+        written = [
+            jax.lax.dynamic_update_index_in_dim(old, new, step, axis=1)
+            for old, new in zip(
+                (chosen.ids, chosen.logprobs, chosen.top_ids, chosen.top_logprobs), columns, strict=True
+            )
+        ]
+        return step + 1, _after_choice(rows, columns[0], stop_ids), Chosen(*written, chosen.counts + active), cache
+
+    with ambient_mesh(model.mesh):
+        chosen = Chosen(
+            ids=buffer(jnp.int32),
+            logprobs=buffer(jnp.float32),
+            top_ids=buffer(jnp.int32, num_top),
+            top_logprobs=buffer(jnp.float32, num_top),
+            counts=jnp.zeros_like(rows.drawn),
+        )
+        _, rows, chosen, cache = jax.lax.while_loop(going, body, (jnp.int32(0), rows, chosen, cache))
+        return rows, chosen, cache
+
+
+def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+
+
+def _choose(
+    logits: Float[Array, "B V"], sampling: SamplingRows, drawn: Int[Array, " B"], *, num_top: int
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    token = sample(logits, sampling, drawn)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, num_top)
+    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], top_ids, top_logprobs
+
+
+def _after_choice(rows: Rows, token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Rows:
+    """The rows once `token` has been chosen; rows that had stopped stay as they were."""
+    active = rows.remaining > 0
+    stopped = jnp.any(token[:, None] == stop_ids, axis=1)
+    return dataclasses.replace(
+        rows,
+        last=jnp.where(active, token, rows.last),
+        drawn=rows.drawn + active,
+        remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
+    )
