@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from gptoss_jax.errors import ConfigError
 
@@ -88,7 +88,7 @@ class ModelConfig:
             check(size % _MX_BLOCK == 0, f"{name} {size} is no multiple of the {_MX_BLOCK}-value MXFP4 block")
 
     @classmethod
-    def from_json(cls, source: Mapping[str, Any], *, where: str = "config.json") -> Self:
+    def from_json(cls, source: Mapping[str, Any], *, where: str = "config.json") -> "ModelConfig":
         """Read a parsed config.json: Hugging Face's (transformers 4 or 5 spelling) or `original/`'s.
 
         Raises ConfigError naming every key that is missing, unknown, or set to what this architecture is not.
@@ -100,7 +100,7 @@ class ModelConfig:
         return config
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "ModelConfig":
         """Read the config.json at `path`."""
         try:
             parsed = json.loads(path.read_text())

@@ -82,9 +82,8 @@ def code_to_float(codes: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
 
 
 def scale_to_float(scales: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """2 ** (scale - 127) in float32, for scale bytes 0 to 254; byte 0 is a subnormal, which a backend may flush."""
-    bits = jnp.where(scales == 0, 1 << 22, scales.astype(jnp.uint32) << 23).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    """2 ** (scale - 127) in float32, for scale bytes 1 to 254; byte 0, a subnormal, gives zero."""
+    return jax.lax.bitcast_convert_type(scales.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def dequantize(packed: MXFP4, dtype: Any = jnp.float32) -> Float[Array, "*rows K"]:
@@ -99,7 +98,10 @@ def dequantize(packed: MXFP4, dtype: Any = jnp.float32) -> Float[Array, "*rows K
         [-8.0, 4.0]
     """
     values = code_to_float(unpack(packed.blocks)).reshape(*packed.scales.shape, BLOCK)
-    return (values * scale_to_float(packed.scales)[..., None]).reshape(packed.shape).astype(dtype)
+    # In two factors, since 2.0 under scale byte 0 is a normal number though the scale itself is not.
+    halved = values * jnp.where(packed.scales == 0, 0.5, 1.0)[..., None]
+    scale = scale_to_float(jnp.maximum(packed.scales, 1))
+    return (halved * scale[..., None]).reshape(packed.shape).astype(dtype)
 
 
 def quantize(values: Float[Array, "*rows K"]) -> MXFP4:

@@ -1,6 +1,12 @@
 """The tiny architecture of the tests: every dim different, so that a swapped pair of dims cannot pass."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
 
 TINY = ModelConfig(
     num_layers=4,
@@ -24,3 +30,34 @@ TINY = ModelConfig(
     swiglu_alpha=1.702,
     swiglu_limit=7.0,
 )
+
+
+def random_model(
+    config: ModelConfig = TINY, *, mesh: Mesh | None = None, dtype=jnp.float32, seed: int = 0
+) -> Transformer:
+    """A model with NumPy's random weights: the same on every mesh and in every dtype, and nothing to compile."""
+    random = np.random.default_rng(seed)
+    model = abstract(config, mesh=mesh, dtype=dtype)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("blocks"):
+            return random.integers(0, 256, shape, np.uint8)
+        if path.endswith("scales"):
+            return random.integers(118, 123, shape, np.uint8)
+        if path.endswith("norm.scale"):
+            return 1 + 0.1 * random.normal(size=shape)
+        return random.normal(size=shape) * (1.0 if len(shape) == 1 or "embedding" in path else 0.1)
+
+    arrays = {
+        path: jax.device_put(draw(path, leaf.shape).astype(leaf.dtype), leaf.sharding)
+        for path, leaf in leaves(model).items()
+    }
+    return fill(model, arrays)
+
+
+def assert_same_logits(found, expected, *, tolerance: float = 1e-5) -> None:
+    """The largest difference is at most `tolerance` of the logits' standard deviation."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    worst = np.abs(found - expected).max() / expected.std()
+    assert worst <= tolerance, f"largest difference is {worst:.2e} of the standard deviation"

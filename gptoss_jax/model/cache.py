@@ -6,7 +6,7 @@ all that tells the two kinds apart, so writing, reading and masking are one code
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class Cache:
         max_chunk: int = 512,
         dtype: Any = jnp.bfloat16,
         mesh: Mesh | None = None,
-    ) -> Self:
+    ) -> "Cache":
         """An empty cache with room for `max_length` tokens in each of `batch` rows.
 
         Its bytes: 2 * K * H * itemsize for each token of each full layer, and for each sliding layer a ring that

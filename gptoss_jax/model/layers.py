@@ -1,5 +1,6 @@
 """The small parts: parameters that know their dims, RMSNorm, linear layers, embedding and unembedding."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.sharding import MODEL_AXES, REPLICATED, WEIGHT_AXES, Axes, activation, spec
+from pallas_kernels.dispatch import platform
 
 _INIT_SCALE = 0.02
 
@@ -19,6 +21,19 @@ def parameter(
     """A parameter of normal random values, placed by its dims."""
     value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
     return nnx.Param(value, out_sharding=spec(dims, axes))
+
+
+def multiply(equation: str, x: Array, weight: Array, *, out_sharding: P | None = None) -> Array:
+    """An einsum of activations `B T ...` with a weight, accumulated and returned in float32."""
+    einsum = functools.partial(
+        jnp.einsum, equation, preferred_element_type=jnp.float32, out_sharding=out_sharding, precision="highest"
+    )
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1:
+        # XLA on the CPU multiplies a lone bfloat16 row by converting the whole weight to float32 first: ten times
+        # slower, and a gigabyte for the unembedding. Given two rows it reads the bfloat16 as it is.
+        twice = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
+        return jax.lax.optimization_barrier(einsum(twice, weight))[:, :1]
+    return einsum(x, weight)
 
 
 class RMSNorm(nnx.Module):
@@ -42,7 +57,7 @@ class HeadProjection(nnx.Module):
         self.bias = parameter(rngs, f"{heads} H", (num_heads, head_dim), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        y = jnp.einsum("BTD,NHD->BTNH", x, self.weight[...], preferred_element_type=jnp.float32)
+        y = multiply("BTD,NHD->BTNH", x, self.weight[...])
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -54,13 +69,7 @@ class OutputProjection(nnx.Module):
         self.bias = parameter(rngs, "D", (width,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        y = jnp.einsum(
-            "BTNH,DNH->BTD",
-            x,
-            self.weight[...],
-            preferred_element_type=jnp.float32,
-            out_sharding=activation("B T D"),
-        )
+        y = multiply("BTNH,DNH->BTD", x, self.weight[...], out_sharding=activation("B T D"))
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -72,7 +81,7 @@ class Router(nnx.Module):
         self.bias = parameter(rngs, "E", (num_experts,), dtype=dtype, axes=REPLICATED)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        scores = jnp.einsum("BTD,ED->BTE", x, self.weight[...], preferred_element_type=jnp.float32)
+        scores = multiply("BTD,ED->BTE", x, self.weight[...])
         return scores + self.bias[...].astype(jnp.float32)
 
 
@@ -104,4 +113,4 @@ class Unembedding(nnx.Module):
         self.weight = parameter(rngs, "V D", (vocab_size, width), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum("BTD,VD->BTV", x, self.weight[...], preferred_element_type=jnp.float32)
+        return multiply("BTD,VD->BTV", x, self.weight[...])

@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import LayerKind, ModelConfig
@@ -19,7 +19,7 @@ from gptoss_jax.model.cache import Cache, Step
 from gptoss_jax.model.experts import Experts, route
 from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
 from gptoss_jax.model.rope import rotations
-from gptoss_jax.sharding import check_batch, check_mesh, make_mesh, place
+from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, place
 from pallas_kernels.dispatch import Impl
 
 
@@ -72,6 +72,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
         """The logits that follow each token, in float32, each row read from its beginning, without a cache.
+
+        They are split by row alone: each device holds the whole vocabulary of its rows.
 
         Raises PromptError for ids outside the vocabulary and rows past the context, ShardingError for a batch that
         does not divide over the mesh's data axis. Under a jit of the caller's, ids cannot be checked.
@@ -133,7 +135,7 @@ def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T 
         )
         counts = jnp.full((batch,), num_tokens, jnp.int32)
         hidden, _ = model.advance(tokens, counts, cache)
-        return model.unembedding(hidden)
+        return jax.sharding.reshard(model.unembedding(hidden), activation("B T D"))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
@@ -157,7 +159,7 @@ def build(
     """
     make, mesh = _maker(config, mesh, dtype, impl)
     with jax.set_mesh(mesh):
-        return jax.jit(make)(jax.random.key(seed))
+        return make(jax.random.key(seed))  # not jitted: layers share the compiled draws, one program for all is slow
 
 
 def abstract(
@@ -167,6 +169,23 @@ def abstract(
     make, mesh = _maker(config, mesh, dtype, impl)
     with jax.set_mesh(mesh):
         return nnx.eval_shape(make, jax.random.key(0))
+
+
+def leaves(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter, by its dotted path in the checkpoint."""
+    return {
+        ".".join(map(str, path)): jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(model.mesh, leaf.get_value().sharding.spec)
+        )
+        for path, leaf in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
+    """The same model with these arrays, one for each path of `leaves`, as its parameters."""
+    structure, state = nnx.split(model)
+    filled = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(structure, nnx.from_flat_state(filled))
 
 
 def _maker(

@@ -1,0 +1,23 @@
+"""Settings every test shares: eight CPU devices, and no silent promotion between dtypes.
+
+They are made before JAX starts, so this file sets the environment rather than a fixture.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from gptoss_jax.model.transformer import Transformer
+from tests.tiny import random_model
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Transformer:
+    """The tiny model in float32 on one device, with seeded random weights."""
+    return random_model(seed=3)
