@@ -56,7 +56,7 @@ def run(chat: Chat, *, input: Lines | None = None, output: Screen | None = None,
     >>> run(Chat(None), input=io.StringIO("/reasoning high"), output=sys.stdout)
     reasoning: high
     """
-    source, printer = input or sys.stdin, _Printer(output or sys.stdout, json_lines=json_lines)
+    source, printer = input or sys.stdin, Printer(output or sys.stdout, json_lines=json_lines)
     interactive = source.isatty() and printer.on_terminal
     while True:
         if interactive:
@@ -93,7 +93,7 @@ def _obey(chat: Chat, command: str) -> str:
     return f"no such command: {command} (see /help)"
 
 
-def _answer(chat: Chat, text: str, printer: "_Printer", *, interactive: bool) -> None:
+def _answer(chat: Chat, text: str, printer: "Printer", *, interactive: bool) -> None:
     """Print one answer. A question the model cannot take ends the program, except where somebody can ask another."""
     try:
         events = chat.send(text) if chat.pending_call is None else chat.send_tool_result(text)
@@ -107,10 +107,10 @@ def _answer(chat: Chat, text: str, printer: "_Printer", *, interactive: bool) ->
         printer.note(str(error))
 
 
-class _Printer:
+class Printer:
     """Writes events to a stream, each kind of text starting on a line of its own."""
 
-    def __init__(self, output: Screen, *, json_lines: bool) -> None:
+    def __init__(self, output: Screen, *, json_lines: bool = False) -> None:
         self.on_terminal = output.isatty() and not json_lines
         self._colour = self.on_terminal and not os.environ.get("NO_COLOR")
         self._output = output
@@ -127,7 +127,7 @@ class _Printer:
         if self._json_lines:
             self._write_json({"type": "note", "text": text})
             return
-        self._end_section()
+        self.end_section()
         self._output.write(self._safe(text) + "\n")
         self._output.flush()
 
@@ -136,10 +136,10 @@ class _Printer:
             if self._json_lines:
                 self._write_json(as_json(event))
             else:
-                self._write(event)
-        self._end_section()
+                self.write(event)
+        self.end_section()
 
-    def _write(self, event: ChatEvent) -> None:
+    def write(self, event: ChatEvent) -> None:
         match event:
             case Text("call"):
                 pass  # the whole call follows
@@ -152,21 +152,21 @@ class _Printer:
             case Malformed(reason):
                 self._write_line("warning", reason)
             case MessageDone():
-                self._end_section()
+                self.end_section()
             case Done(reason):
-                self._end_section()
+                self.end_section()
                 if reason in _ENDINGS:
                     self._write_line("note", _ENDINGS[reason])
 
     def _write_line(self, label: str, text: str) -> None:
-        self._end_section()
+        self.end_section()
         self._write_text(label, text)
-        self._end_section()
+        self.end_section()
 
     def _write_text(self, section: str, text: str) -> None:
         """Write on; what is not the answer is dim, or labelled where there is no colour."""
         if section != self._section:
-            self._end_section()
+            self.end_section()
             self._section = section
             aside = section not in ("final", "commentary")
             self._dim = aside and self._colour
@@ -177,7 +177,8 @@ class _Printer:
         self._output.write(self._safe(text))
         self._output.flush()
 
-    def _end_section(self) -> None:
+    def end_section(self) -> None:
+        """End the line that is open, if one is."""
         if self._section is not None:
             self._output.write("\x1b[0m\n" if self._dim else "\n")
             self._output.flush()

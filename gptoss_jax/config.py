@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gptoss_jax.errors import ConfigError
 
@@ -72,14 +72,11 @@ class ModelConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int or field.type is float:
-                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                check(is_number and value > 0, f"{field.name} is {value!r}, not a positive number")
-            if field.type is int:
-                check(isinstance(value, int), f"{field.name} is {value!r}, not an integer")
-        kinds = set(self.layer_kinds)
-        check(kinds <= {"sliding_attention", "full_attention"}, f"layer kinds {sorted(kinds)}")
-        check(len(self.layer_kinds) == self.num_layers, f"{len(self.layer_kinds)} layer kinds, {self.num_layers} layers")
+            if field.type in (int, float):
+                check(value > 0, f"{field.name} is {value}")
+        check(
+            len(self.layer_kinds) == self.num_layers, f"{len(self.layer_kinds)} layer kinds, {self.num_layers} layers"
+        )
         check(self.num_heads % self.num_kv_heads == 0, f"{self.num_heads} query heads, {self.num_kv_heads} kv heads")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, rotary embedding pairs its dims")
         check(self.experts_per_token <= self.num_experts, f"{self.experts_per_token} of {self.num_experts} experts")
@@ -174,6 +171,18 @@ class _Reader:
             raise ConfigError(f"key {key!r} is missing", where=self.where, fix="use the published config.json")
         return self.left.pop(key, default)
 
+    def integer(self, key: str) -> int:
+        value = self(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, no integer", where=self.where, fix="use the published config.json")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r}, no number", where=self.where, fix="use the published config.json")
+        return float(value)
+
     def nested(self, key: str) -> "_Reader":
         value = self(key)
         if not isinstance(value, dict):
@@ -198,35 +207,41 @@ def _hugging_face(read: _Reader) -> dict[str, Any]:
     for key, value in _FIXED.items():
         read.expect(key, value, default=value)
     fields: dict[str, Any] = {
-        "num_layers": read("num_hidden_layers"),
-        "hidden_size": read("hidden_size"),
-        "num_heads": read("num_attention_heads"),
-        "num_kv_heads": read("num_key_value_heads"),
-        "head_dim": read("head_dim"),
-        "intermediate_size": read("intermediate_size"),
-        "num_experts": read("num_local_experts"),
-        "experts_per_token": read("experts_per_token", read.left.get("num_experts_per_tok")),
-        "vocab_size": read("vocab_size"),
-        "sliding_window": read("sliding_window"),
-        "max_context": read("max_position_embeddings"),
-        "rms_norm_eps": read("rms_norm_eps"),
-        "swiglu_alpha": read("swiglu_alpha", 1.702),
-        "swiglu_limit": read("swiglu_limit", 7.0),
+        "num_layers": read.integer("num_hidden_layers"),
+        "hidden_size": read.integer("hidden_size"),
+        "num_heads": read.integer("num_attention_heads"),
+        "num_kv_heads": read.integer("num_key_value_heads"),
+        "head_dim": read.integer("head_dim"),
+        "intermediate_size": read.integer("intermediate_size"),
+        "num_experts": read.integer("num_local_experts"),
+        "experts_per_token": read.integer(
+            "experts_per_token" if "experts_per_token" in read.left else "num_experts_per_tok"
+        ),
+        "vocab_size": read.integer("vocab_size"),
+        "sliding_window": read.integer("sliding_window"),
+        "max_context": read.integer("max_position_embeddings"),
+        "rms_norm_eps": read.number("rms_norm_eps"),
+        "swiglu_alpha": read.number("swiglu_alpha", 1.702),
+        "swiglu_limit": read.number("swiglu_limit", 7.0),
     }
-    fields["layer_kinds"] = tuple(read("layer_types", _alternating(fields["num_layers"])))
+    fields["layer_kinds"] = kinds = tuple(read("layer_types", _alternating(fields["num_layers"])))
+    if unknown := set(kinds) - set(get_args(LayerKind)):
+        raise ConfigError(
+            f"layer_types has {sorted(unknown)}", where=read.where, fix=f"known are {get_args(LayerKind)}"
+        )
     if "rope_parameters" in read.left:  # transformers 5
         rope = read.nested("rope_parameters")
-        fields["rope_theta"] = rope("rope_theta")
+        fields["rope_theta"] = rope.number("rope_theta")
     else:
         rope = read.nested("rope_scaling")
-        fields["rope_theta"] = read("rope_theta")
+        fields["rope_theta"] = read.number("rope_theta")
     rope.expect("rope_type", "yarn")
     rope.expect("truncate", False)
     fields |= {
-        "rope_factor": rope("factor"),
-        "rope_beta_fast": rope("beta_fast"),
-        "rope_beta_slow": rope("beta_slow"),
-        "original_context": rope("original_max_position_embeddings"),
+        "rope_factor": rope.number("factor"),
+        "rope_beta_fast": rope.number("beta_fast"),
+        "rope_beta_slow": rope.number("beta_slow"),
+        "original_context": rope.integer("original_max_position_embeddings"),
     }
     rope.refuse_leftovers()
     for key in _IGNORED:
@@ -235,28 +250,28 @@ def _hugging_face(read: _Reader) -> dict[str, Any]:
 
 
 def _original(read: _Reader) -> dict[str, Any]:
-    num_layers = read("num_hidden_layers")
-    original_context = read("initial_context_length")
-    rope_factor = read("rope_scaling_factor")
+    num_layers = read.integer("num_hidden_layers")
+    original_context = read.integer("initial_context_length")
+    rope_factor = read.number("rope_scaling_factor")
     return {
         "num_layers": num_layers,
-        "hidden_size": read("hidden_size"),
-        "num_heads": read("num_attention_heads"),
-        "num_kv_heads": read("num_key_value_heads"),
-        "head_dim": read("head_dim"),
-        "intermediate_size": read("intermediate_size"),
-        "num_experts": read("num_experts"),
-        "experts_per_token": read("experts_per_token"),
-        "vocab_size": read("vocab_size"),
-        "sliding_window": read("sliding_window"),
+        "hidden_size": read.integer("hidden_size"),
+        "num_heads": read.integer("num_attention_heads"),
+        "num_kv_heads": read.integer("num_key_value_heads"),
+        "head_dim": read.integer("head_dim"),
+        "intermediate_size": read.integer("intermediate_size"),
+        "num_experts": read.integer("num_experts"),
+        "experts_per_token": read.integer("experts_per_token"),
+        "vocab_size": read.integer("vocab_size"),
+        "sliding_window": read.integer("sliding_window"),
         "layer_kinds": _alternating(num_layers),
         "max_context": int(original_context * rope_factor),
         "original_context": original_context,
-        "rope_theta": read("rope_theta"),
+        "rope_theta": read.number("rope_theta"),
         "rope_factor": rope_factor,
-        "rope_beta_fast": read("rope_ntk_beta"),
-        "rope_beta_slow": read("rope_ntk_alpha"),
-        "swiglu_limit": read("swiglu_limit", 7.0),
+        "rope_beta_fast": read.number("rope_ntk_beta"),
+        "rope_beta_slow": read.number("rope_ntk_alpha"),
+        "swiglu_limit": read.number("swiglu_limit", 7.0),
         # Hard-coded in openai/gpt-oss gpt_oss/torch/model.py, absent from its config.json.
         "swiglu_alpha": 1.702,
         "rms_norm_eps": 1e-5,

@@ -39,9 +39,7 @@ def activation(dims: str) -> P:
     return spec(dims, ACTIVATION_AXES)
 
 
-def make_mesh(
-    *, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the three axes, over the first data * expert * tensor devices.
 
     Raises ShardingError if there are too few devices.

@@ -22,9 +22,10 @@ def platform() -> str:
     there; else that of the default device.
     """
     abstract_device = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract_device is not None and abstract_device.platform is not None:
-        return {"cuda": "gpu", "rocm": "gpu"}.get(abstract_device.platform, abstract_device.platform)
-    return jax.default_backend()
+    name = None if abstract_device is None else abstract_device.platform
+    if name is None:
+        name = jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def choose[Backend: Callable](kernel: str, backends: Mapping[str, Backend], impl: str) -> Backend:

@@ -4,6 +4,7 @@ They are made before JAX starts, so this file sets the environment rather than a
 """
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from gptoss_jax.demo import make_checkpoint
 from gptoss_jax.model.transformer import Transformer
 from tests.tiny import random_model
 
@@ -21,3 +23,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def tiny_model() -> Transformer:
     """The tiny model in float32 on one device, with seeded random weights."""
     return random_model(seed=3)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted demo checkpoint: random weights, the real vocabulary."""
+    return make_checkpoint(tmp_path_factory.mktemp("demo"))

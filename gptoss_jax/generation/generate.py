@@ -146,7 +146,7 @@ class _Run:
 
         padding = -len(prompts) % model.mesh.shape["data"]
         prompts = [*prompts, *[[]] * padding]
-        sampling = SamplingRows.of([*sampling, *[Sampling(temperature=0.0)] * padding])
+        settings = SamplingRows.of([*sampling, *[Sampling(temperature=0.0)] * padding])
         cache = Cache.create(
             model.config,
             batch=len(prompts),
@@ -157,8 +157,8 @@ class _Run:
         )
         logits, self._cache = _read(model, cache, prompts)
         self._stops = replicate(np.array(sorted(self._stop_ids) or [-1], np.int32), model.mesh)
-        remaining, sampling = place((np.pad(remaining, (0, padding)), sampling), model.mesh)
-        self._rows, chosen = start(model, logits, remaining, sampling, self._stops, num_top=top_logprobs)
+        remaining, settings = place((np.pad(remaining, (0, padding)), settings), model.mesh)
+        self._rows, chosen = start(model, logits, remaining, settings, self._stops, num_top=top_logprobs)
         self.first = self._tokens(chosen)
 
     def more(self, limit: int) -> list[list[Token]]:
@@ -171,7 +171,7 @@ class _Run:
     def _tokens(self, chosen: Chosen) -> list[list[Token]]:
         chosen, remaining = jax.device_get((chosen, self._rows.remaining))
         self.running = bool(remaining.any())
-        return [self._row_tokens(chosen, row, stopped=remaining[row] == 0) for row in range(self._num_prompts)]
+        return [self._row_tokens(chosen, row, stopped=not remaining[row]) for row in range(self._num_prompts)]
 
     def _row_tokens(self, chosen: Chosen, row: int, *, stopped: bool) -> list[Token]:
         count = int(chosen.counts[row])

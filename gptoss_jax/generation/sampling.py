@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptoss_jax.errors import SamplingError
 
@@ -90,7 +90,7 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " 
     return jnp.where(rows.temperature > 0, drawn_tokens, greedy)
 
 
-def _gumbel(seed: Int[Array, ""], drawn: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:
+def _gumbel(seed: UInt32[Array, ""], drawn: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), drawn), (vocab_size,))
 
 

@@ -75,11 +75,9 @@ def start(
 ) -> tuple[Rows, Chosen]:
     """Choose each row's first token from the logits of its prompt; rows with nothing remaining choose none."""
     with ambient_mesh(model.mesh):
-        drawn = jnp.zeros_like(remaining)
-        token, *scores = per_row(functools.partial(_choose, num_top=num_top))(logits, sampling, drawn)
-        rows = Rows(last=token, drawn=drawn, remaining=remaining, sampling=sampling)
-        columns = [column[:, None] for column in (token, *scores)]
-        return _after_choice(rows, token, stop_ids), Chosen(*columns, counts=(remaining > 0).astype(jnp.int32))
+        rows = Rows(last=remaining, drawn=jnp.zeros_like(remaining), remaining=remaining, sampling=sampling)
+        chosen = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
+        return _after_choice(rows, chosen, stop_ids), chosen
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="num_top")
@@ -108,17 +106,11 @@ def decode(
 
     def body(state: tuple[Array, Rows, Chosen, Cache]) -> tuple[Array, Rows, Chosen, Cache]:
         step, rows, chosen, cache = state
-        active = (rows.remaining > 0).astype(jnp.int32)
-        hidden, cache = model.advance(rows.last[:, None], active, cache)
+        counts = (rows.remaining > 0).astype(jnp.int32)
+        hidden, cache = model.advance(rows.last[:, None], counts, cache)
         logits = model.unembedding(hidden)[:, 0]
-        columns = per_row(functools.partial(_choose, num_top=num_top))(logits, rows.sampling, rows.drawn)
-        written = [
-            jax.lax.dynamic_update_index_in_dim(old, new, step, axis=1)
-            for old, new in zip(
-                (chosen.ids, chosen.logprobs, chosen.top_ids, chosen.top_logprobs), columns, strict=True
-            )
-        ]
-        return step + 1, _after_choice(rows, columns[0], stop_ids), Chosen(*written, chosen.counts + active), cache
+        new = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
+        return step + 1, _after_choice(rows, new, stop_ids), _write(chosen, new, step), cache
 
     with ambient_mesh(model.mesh):
         chosen = Chosen(
@@ -136,22 +128,39 @@ def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Floa
     return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
 
 
-def _choose(
-    logits: Float[Array, "B V"], sampling: SamplingRows, drawn: Int[Array, " B"], *, num_top: int
-) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    token = sample(logits, sampling, drawn)
+def _choose(logits: Float[Array, "B V"], rows: Rows, *, num_top: int) -> Chosen:
+    """One column of chosen tokens."""
+    token = sample(logits, rows.sampling, rows.drawn)[:, None]
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_logprobs, top_ids = jax.lax.top_k(logprobs, num_top)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], top_ids, top_logprobs
+    return Chosen(
+        ids=token,
+        logprobs=jnp.take_along_axis(logprobs, token, axis=1),
+        top_ids=top_ids[:, None],
+        top_logprobs=top_logprobs[:, None],
+        counts=(rows.remaining > 0).astype(jnp.int32),
+    )
 
 
-def _after_choice(rows: Rows, token: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Rows:
-    """The rows once `token` has been chosen; rows that had stopped stay as they were."""
-    active = rows.remaining > 0
-    stopped = jnp.any(token[:, None] == stop_ids, axis=1)
+def _write(chosen: Chosen, new: Chosen, step: Int[Array, ""]) -> Chosen:
+    """Put one new column in its place."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+    return Chosen(
+        ids=put(chosen.ids, new.ids),
+        logprobs=put(chosen.logprobs, new.logprobs),
+        top_ids=put(chosen.top_ids, new.top_ids),
+        top_logprobs=put(chosen.top_logprobs, new.top_logprobs),
+        counts=chosen.counts + new.counts,
+    )
+
+
+def _after_choice(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
+    """The rows once one more column has been chosen; rows that had stopped stay as they were."""
+    active, token = rows.remaining > 0, chosen.ids[:, 0]
+    stopped = jnp.any(chosen.ids == stop_ids, axis=1)
     return dataclasses.replace(
         rows,
         last=jnp.where(active, token, rows.last),
-        drawn=rows.drawn + active,
+        drawn=rows.drawn + active.astype(jnp.int32),
         remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
     )

@@ -35,7 +35,7 @@ def vocabulary_folder() -> Path:
                 what, where=str(path), fix=f"put the published {FILE_NAME} there, or unset {FOLDER_VARIABLE}"
             )
         return path.parent
-    path = _cache_folder() / FILE_NAME
+    path = cache_folder() / FILE_NAME
     if not _is_published(path):
         _write_atomically(path, _packaged_vocabulary())
     return path.parent
@@ -47,7 +47,7 @@ def _is_published(path: Path) -> bool:
     return hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The user's cache folder; a relative XDG_CACHE_HOME is ignored, as the XDG base directory specification says."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     if Path(named).is_absolute():

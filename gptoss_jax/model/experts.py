@@ -67,9 +67,9 @@ class Experts(nnx.Module):
             down_bias=self.down.bias[...],
         )
         rows = activation("B")
-        return jax.shard_map(
-            run, in_specs=(rows, spec("E", WEIGHT_AXES), rows, rows), out_specs=rows, check_vma=False
-        )(x, weights, expert_ids, routing)
+        return jax.shard_map(run, in_specs=(rows, spec("E", WEIGHT_AXES), rows, rows), out_specs=rows, check_vma=False)(
+            x, weights, expert_ids, routing
+        )
 
 
 def route(scores: Float[Array, "B T E"], experts_per_token: int) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"]]:

@@ -16,7 +16,13 @@ _INIT_SCALE = 0.02
 
 
 def parameter(
-    rngs: nnx.Rngs, dims: str, shape: tuple[int, ...], *, dtype: Any, scale: float = _INIT_SCALE, axes: Axes = WEIGHT_AXES
+    rngs: nnx.Rngs,
+    dims: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: Any,
+    scale: float = _INIT_SCALE,
+    axes: Axes = WEIGHT_AXES,
 ) -> nnx.Param:
     """A parameter of normal random values, placed by its dims."""
     value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)

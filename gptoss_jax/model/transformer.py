@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -91,7 +92,7 @@ class Transformer(nnx.Module):
             raise PromptError(
                 f"{tokens.shape[1]} tokens", where="prompt", fix=f"the context is {self.config.max_context} tokens"
             )
-        if not isinstance(tokens, jax.core.Tracer):
+        if not isinstance(tokens, Tracer):
             check_ids(np.asarray(tokens), self.config.vocab_size, where="tokens")
             tokens = place(tokens, self.mesh)
         return _logits(self, tokens)
@@ -130,9 +131,7 @@ def ambient_mesh(mesh: Mesh) -> Iterator[None]:
 def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     with ambient_mesh(model.mesh):
         batch, num_tokens = tokens.shape
-        cache = Cache.create(
-            model.config, batch=batch, max_length=num_tokens, max_chunk=num_tokens, dtype=model.dtype
-        )
+        cache = Cache.create(model.config, batch=batch, max_length=num_tokens, max_chunk=num_tokens, dtype=model.dtype)
         counts = jnp.full((batch,), num_tokens, jnp.int32)
         hidden, _ = model.advance(tokens, counts, cache)
         return jax.sharding.reshard(model.unembedding(hidden), activation("B T D"))

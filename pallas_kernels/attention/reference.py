@@ -24,7 +24,7 @@ def attention(
     Visits the keys block by block with a running maximum and denominator (Milakov and Gimelshein 2018, arXiv
     1805.02867), which start from the sink; blocks that no query sees are skipped.
     """
-    batch, num_queries, num_heads, width = queries.shape
+    batch, num_queries, _, width = queries.shape
     num_kv_heads, slots_per_page = keys.shape[1:3]
     pages_per_block = max(1, min(page_table.shape[1], _BLOCK_SLOTS // slots_per_page))
     num_blocks = -(-page_table.shape[1] // pages_per_block)

@@ -52,9 +52,7 @@ def test_rows_that_do_not_divide_over_data_are_refused():
         Cache.create(TINY, batch=3, max_length=8, mesh=make_mesh(data=2))
 
 
-@pytest.mark.parametrize(
-    ("row", "seen"), [(126, 127), (127, 128), (128, 128), (129, 128), (131071, 128)]
-)
+@pytest.mark.parametrize(("row", "seen"), [(126, 127), (127, 128), (128, 128), (129, 128), (131071, 128)])
 def test_sliding_window_counts_the_query_itself(row, seen):
     config = gpt_oss_20b()
     cache = Cache.create(config, batch=1, max_length=131072, max_chunk=1, dtype=jnp.float8_e5m2)

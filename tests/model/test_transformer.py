@@ -168,7 +168,9 @@ def test_bfloat16_stays_near_float32():
     difference = np.asarray(narrow(TOKENS)) - expected
     assert np.linalg.norm(difference) < 5e-2 * np.linalg.norm(expected)
     # A single row takes a path of its own on the CPU (layers.multiply).
-    assert np.linalg.norm(np.asarray(narrow(TOKENS[:1, :1])) - expected[:1, :1]) < 5e-2 * np.linalg.norm(expected[:1, :1])
+    assert np.linalg.norm(np.asarray(narrow(TOKENS[:1, :1])) - expected[:1, :1]) < 5e-2 * np.linalg.norm(
+        expected[:1, :1]
+    )
 
 
 @pytest.mark.parametrize("bad", [-1, TINY.vocab_size])

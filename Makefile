@@ -1,0 +1,49 @@
+# Two commands set everything up, each alone, from a fresh clone: `make demo` and `make test`.
+# They need Python 3.12 or newer, pip and make, and reach nothing but the package index.
+
+MINIMUM := 3.12
+CANDIDATES := python3 python3.12 python3.13 python3.14
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint parity clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/gptoss-jax demo
+
+test: $(VENV)/installed-dev
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest --nbmake notebooks -q
+
+# The same lines as the pre-commit hooks.
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+# Makes the torch oracles' answers afresh in an environment of their own, and compares with them.
+parity: $(VENV)/installed-dev
+	sh tests/parity/make_environment.sh
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest tests/parity -m parity
+
+$(VENV)/bin/python:
+	@for name in $(CANDIDATES); do \
+	  if $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < tuple(map(int, "$(MINIMUM)".split("."))))' \
+	      2>/dev/null; then \
+	    echo "using $$name ($$($$name --version))"; exec $$name -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "make: found no Python $(MINIMUM) or newer with venv among: $(CANDIDATES)." >&2; \
+	echo "make: install one (Debian and Ubuntu: apt install python$(MINIMUM)-venv) and run make again." >&2; \
+	exit 1
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) .venv-parity build

@@ -1,0 +1,95 @@
+"""The commands `convert`, `inspect` and `verify`: their arguments, and what they run.
+
+gptoss_jax/cli.py hangs them into `gptoss-jax`; `python -m convert` is `gptoss-jax convert`. JAX and Orbax are imported
+inside the run functions, so that --help is instant.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gptoss_jax.errors import GptOssError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Convert a published safetensors checkpoint to a sharded Orbax checkpoint."
+    parser.add_argument("source", help="a checkpoint folder, or hf://owner/name")
+    parser.add_argument("destination", type=Path, help="the directory to make")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint that is there")
+    parser.add_argument("--quantize", action="store_true", help="quantize bfloat16 experts to MXFP4")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    from convert.converter import convert
+
+    manifest = convert(
+        options.source,
+        options.destination,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        quantize=options.quantize,
+        progress=sys.stderr,
+    )
+    treatment = "experts quantized to MXFP4" if manifest.quantized else "bytes as published"
+    _say(f"{options.destination}: {len(manifest.sha256)} parameters, {manifest.layout} layout, {treatment}")
+    return 0
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Describe a checkpoint, published or converted: parameters, bytes, what it fits into."
+    parser.add_argument("path", help="a checkpoint folder, a converted directory, or hf://owner/name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from convert.inspect import inspect
+
+    report = inspect(options.path)
+    _say(json.dumps(report.to_json(), indent=2) if options.json else str(report))
+    return 0
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Without --golden, which needs a model: gptoss_jax/cli.py adds it."""
+    parser.description = "Compare a converted checkpoint with its source, or without one with its own checksums."
+    parser.add_argument("checkpoint", type=Path, help="a converted directory")
+    parser.add_argument("source", nargs="?", help="the folder it was converted from")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from convert.verify import verify
+
+    verified = verify(options.checkpoint, options.source, progress=sys.stderr)
+    _say(
+        f"{options.checkpoint}: {verified.num_arrays} parameters, {verified.num_bytes:,} bytes equal {verified.against}"
+    )
+    return 0
+
+
+def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; print a bad input in one line, and turn it into an exit code."""
+    try:
+        return run(options)
+    except GptOssError as error:
+        sys.stderr.write(f"gptoss-jax: {error}\n")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("gptoss-jax: interrupted\n")
+        return INTERRUPTED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m convert SOURCE DESTINATION`."""
+    parser = argparse.ArgumentParser(prog="python -m convert")
+    add_convert_arguments(parser)
+    return run_guarded(run_convert, parser.parse_args(arguments))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

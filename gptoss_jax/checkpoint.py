@@ -1,0 +1,89 @@
+"""Restore a converted checkpoint onto any devices: each process reads only the bytes of its own shards."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import CheckpointError
+from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest, read_parameters
+from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
+from gptoss_jax.parameters import Parameter
+from pallas_kernels.dispatch import Impl
+
+# Restoring may widen: bfloat16 weights into float32. Packed bytes come as they are.
+_RESTORABLE = {"bfloat16": (jnp.bfloat16, jnp.float32), "uint8": (jnp.uint8,)}
+
+
+def load(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike = jnp.bfloat16, impl: Impl = "auto"
+) -> Transformer:
+    """The model in a converted directory, each parameter read straight onto the devices that hold it.
+
+    Without `mesh`, on one device. `dtype` is that of everything but the packed experts: bfloat16 as published, or
+    float32 for exact comparisons. Raises CheckpointError for what is not a whole converted checkpoint, ShardingError
+    for a mesh that does not divide the model.
+
+    Example:
+        >>> model = load("gpt-oss-20b", mesh=make_mesh(expert=2))  # doctest: +SKIP
+    """
+    directory = Path(path)
+    read_manifest(directory)
+    model = abstract(ModelConfig.read(directory / CONFIG), mesh=mesh, dtype=dtype, impl=impl)
+    return fill(model, restore(directory, leaves(model)))
+
+
+def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Restore the parameters named in `abstract` (dotted paths), each as its shape, dtype and sharding say.
+
+    Host memory holds a gigabyte or two at a time on the way to the devices, never the whole. Raises CheckpointError
+    for an incomplete checkpoint, a parameter it does not hold, or one it holds in another shape or dtype.
+
+    Example:
+        >>> on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        >>> sinks = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=on_device)
+        >>> restore(Path("gpt-oss-20b"), {"layers.0.attention.sinks": sinks})  # doctest: +SKIP
+    """
+    stored = read_parameters(directory)
+    _check(stored, abstract, where=str(directory))
+    arguments = {
+        path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        for path, leaf in abstract.items()
+    }
+    # Orbax refuses a read that alone exceeds its limit on bytes in flight.
+    largest = max(stored[path].num_bytes for path in abstract)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = checkpointer.restore(
+            str((directory / PARAMETERS).resolve()),
+            args=ocp.args.PyTreeRestore(
+                item=traverse_util.unflatten_dict(dict(abstract), sep="."),
+                restore_args=traverse_util.unflatten_dict(arguments, sep="."),
+                partial_restore=True,
+            ),
+        )
+    return {path: functools.reduce(operator.getitem, path.split("."), tree) for path in abstract}
+
+
+def _check(stored: Mapping[str, Parameter], abstract: Mapping[str, jax.ShapeDtypeStruct], *, where: str) -> None:
+    faults = [f"{path} is not in the checkpoint" for path in abstract if path not in stored]
+    for path, leaf in abstract.items():
+        if path not in stored:
+            continue
+        if leaf.shape != stored[path].shape:
+            faults.append(f"{path} is {list(stored[path].shape)}, not {list(leaf.shape)}")
+        if leaf.dtype not in _RESTORABLE[stored[path].dtype]:
+            faults.append(f"{path} is {stored[path].dtype}, which cannot become {leaf.dtype}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            "; ".join(faults[:3]) + more, where=where, fix="build the model from the checkpoint's config.json"
+        )

@@ -1,0 +1,54 @@
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert.cli import add_inspect_arguments, add_verify_arguments, main, run_guarded, run_inspect, run_verify
+
+
+def parse(add_arguments, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_convert_then_verify_and_inspect(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main([str(pristine / "original"), out]) == 0
+    assert "79 parameters, original layout, bytes as published" in capsys.readouterr().out
+    assert run_guarded(run_verify, parse(add_verify_arguments, out, str(pristine / "hf"))) == 0
+    assert "79 parameters, 568,768 bytes equal" in capsys.readouterr().out
+    assert run_guarded(run_inspect, parse(add_inspect_arguments, out, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["num_bytes"] == 568_768
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("gptoss-jax: no such folder: ")
+    assert message.count("\n") == 1
+
+
+def test_interruption_is_no_traceback(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.converter._write_arrays", stop)
+    assert main([str(pristine / "hf"), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "gptoss-jax: interrupted\n"
+
+
+def test_help_imports_neither_jax_nor_orbax() -> None:
+    script = (
+        "import sys, convert.cli\n"
+        "try:\n    convert.cli.main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert not {'jax', 'orbax', 'tensorstore', 'numpy'} & set(sys.modules)\n"
+    )
+    help_text = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "--resume" in help_text

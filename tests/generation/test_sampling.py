@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.errors import SamplingError
+from gptoss_jax.generation.sampling import Sampling, SamplingRows, sample
+
+VOCAB = 12
+PROBABILITIES = np.array([0.4, 0.2, 0.12, 0.1, 0.08, 0.05, 0.02, 0.01, 0.01, 0.005, 0.003, 0.002])
+SHUFFLE = np.random.default_rng(0).permutation(VOCAB)
+
+
+def draws(sampling: Sampling, count: int = 4000) -> np.ndarray:
+    """How often each token (most probable first) was drawn from PROBABILITIES by rows with seeds of their own."""
+    logits = jnp.log(jnp.array(PROBABILITIES[np.argsort(SHUFFLE)], jnp.float32))
+    rows = SamplingRows.of([sampling] * count)
+    rows = jax.tree.map(jnp.asarray, rows)
+    tokens = sample(jnp.tile(logits, (count, 1)), rows, jnp.arange(count, dtype=jnp.int32))
+    return np.bincount(np.argsort(SHUFFLE)[np.asarray(tokens)], minlength=VOCAB) / count
+
+
+def kept(sampling: Sampling) -> int:
+    """How many of the most probable tokens were drawn, after checking that they are the first ones."""
+    drawn = draws(sampling) > 0
+    assert drawn[: drawn.sum()].all()
+    return int(drawn.sum())
+
+
+def test_plain_sampling_follows_the_probabilities():
+    found = draws(Sampling(seed=1))
+    assert np.abs(found - PROBABILITIES).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_temperature_sharpens():
+    sharpened = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+    assert np.abs(draws(Sampling(temperature=0.5, seed=2)) - sharpened).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "count"),
+    [
+        (Sampling(top_k=1, seed=3), 1),
+        (Sampling(top_k=4, seed=3), 4),
+        (Sampling(top_p=0.39, seed=3), 1),
+        (Sampling(top_p=0.61, seed=3), 3),
+        (Sampling(top_p=1e-6, seed=3), 1),
+        (Sampling(min_p=0.19, seed=3), 5),
+        (Sampling(min_p=1.0, seed=3), 1),
+        # Top-p counts shares of what top-k left: 0.4 / 0.72 = 0.556 and (0.4 + 0.2) / 0.72 = 0.833.
+        (Sampling(top_k=3, top_p=0.8, seed=3), 2),
+        (Sampling(top_k=3, top_p=0.9, min_p=0.9, seed=3), 1),
+        (Sampling(temperature=0.0, seed=3), 1),
+    ],
+    ids=str,
+)
+def test_cut_offs_keep_as_many_tokens_as_they_say(sampling, count):
+    assert kept(sampling) == count
+
+
+def test_rows_of_one_batch_keep_to_their_own_settings():
+    logits = jnp.log(jnp.array(PROBABILITIES, jnp.float32))
+    settings = [Sampling(seed=9), Sampling(temperature=0.0), Sampling(top_k=2, seed=7), Sampling(seed=9)]
+    rows = jax.tree.map(jnp.asarray, SamplingRows.of(settings))
+    together = sample(jnp.tile(logits, (4, 1)), rows, jnp.full(4, 5, jnp.int32))
+    for row in range(4):
+        alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], rows)
+        assert sample(logits[None], alone, jnp.array([5])) == together[row]
+    assert together[0] == together[3]
+    assert together[1] == 0
+
+
+def test_a_missing_seed_is_drawn_anew():
+    first, second = (SamplingRows.of([Sampling()] * 4).seed for _ in range(2))
+    assert set(first) != set(second)
+
+
+@pytest.mark.parametrize(
+    ("setting", "legal"),
+    [
+        ({"temperature": -1.0}, "0 or more"),
+        ({"temperature": float("nan")}, "0 or more"),
+        ({"top_k": -1}, "0 or more"),
+        ({"top_p": 0.0}, "above 0, at most 1"),
+        ({"min_p": 1.5}, "0 to 1"),
+        ({"seed": -1}, "0 to 4294967295, or None"),
+        ({"seed": 2**32}, "0 to 4294967295, or None"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(setting, legal):
+    [(name, value)] = setting.items()
+    with pytest.raises(SamplingError) as refused:
+        Sampling(**setting)
+    assert str(refused.value) == f"{name} is {value}: sampling: choose {legal}"
