@@ -244,20 +244,22 @@ def _print_answer(events: Iterator[Any]) -> None:
     from gptoss_jax.chat_terminal import Printer
 
     answer, asides = Printer(sys.stdout), Printer(sys.stderr)
-    for event in events:
-        match event:
-            case Text("final" | "commentary"):
-                asides.end_section()
-                answer.write(event)
-            case Text("analysis") if not asides.on_terminal:
-                pass
-            case Done("stop" | "tool_limit"):  # the call that went over the limit of none has been shown
-                pass
-            case _:
-                answer.end_section()
-                asides.write(event)
-    answer.end_section()
-    asides.end_section()
+    try:
+        for event in events:
+            match event:
+                case Text("final" | "commentary"):
+                    asides.end_section()
+                    answer.write(event)
+                case Text("analysis") if not asides.on_terminal:
+                    pass
+                case Done("stop" | "tool_limit"):  # the call that went over the limit of none has been shown
+                    pass
+                case _:
+                    answer.end_section()
+                    asides.write(event)
+    finally:  # after Ctrl-C too: a terminal must not stay dim
+        answer.end_section()
+        asides.end_section()
 
 
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:

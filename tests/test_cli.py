@@ -172,6 +172,20 @@ def test_generate_dims_the_reasoning_on_a_terminal(stand_in: StandIn, monkeypatc
     assert screen.getvalue() == "\x1b[2mSum.\x1b[0m\n␛]Four.\n"
 
 
+def test_terminal_is_not_left_dim_after_an_interruption(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments, **options):
+        stand_in.reply = thought("Sum.")
+        yield from stand_in.stream(*arguments, **options)
+        raise KeyboardInterrupt
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("gptoss_jax.generation.generate.stream", interrupted)
+    assert main(["generate", "ckpt", "--prompt", "2 + 2?"]) == 130
+    assert screen.getvalue() == "\x1b[2mSum.\x1b[0m\ngptoss-jax: interrupted\n"
+
+
 def test_generate_warns_on_standard_error(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in.reply = "<|channel|>final<|message|>Four<|message|>."
     assert main(["generate", "ckpt", "--prompt", "2 + 2?", "--max-new-tokens", "6"]) == 0

@@ -141,7 +141,8 @@ class _Run:
         self._stop_ids = frozenset(stop_ids)
         lengths = np.array([len(prompt) for prompt in prompts])
         # The last token chosen never enters the cache, so the context has room for one more than it holds.
-        remaining = np.minimum(max_new_tokens, model.config.max_context - lengths + 1).astype(np.int32)
+        allowed = min(max_new_tokens, model.config.max_context)
+        remaining = np.minimum(allowed, model.config.max_context - lengths + 1).astype(np.int32)
         room = min(_round_up(int(np.max(lengths + remaining - 1))), model.config.max_context)
 
         padding = -len(prompts) % model.mesh.shape["data"]

@@ -114,7 +114,7 @@ def test_no_prompts_give_no_completions(tiny_model):
 
 def test_generation_ends_where_the_context_does():
     model = random_model(dataclasses.replace(TINY, max_context=20, num_layers=2, layer_kinds=TINY.layer_kinds[:2]))
-    completions = generate(model, [[1] * 15, [2] * 20], GREEDY, max_new_tokens=99, stop_ids=())
+    completions = generate(model, [[1] * 15, [2] * 20], GREEDY, max_new_tokens=2**70, stop_ids=())
     assert [(len(completion.ids), completion.finish_reason) for completion in completions] == [
         (6, "length"),
         (1, "length"),
