@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -42,13 +43,13 @@ def main() -> None:
 
 
 def measure(path: Path, scratch: Path, repeats: int) -> dict[str, Any]:
-    """Copy and convert in turns; figures of each turn, and the ratio of their best rates."""
+    """Copy and convert in turns; figures of each turn, and the ratio of the median rates."""
     source = open_source(path)
     copies, conversions = [], []
     for _ in range(repeats):
         copies.append(_copy(source, scratch / "copy"))
         conversions.append(_convert(source, scratch / "converted"))
-    rates = [best["bytes"] / best["seconds"] for best in (_fastest(copies), _fastest(conversions))]
+    converting = _median(conversions, "seconds")
     largest_slice = _largest_slice(source)
     return {
         "command": "python -m convert.bench_convert SOURCE SCRATCH RESULT",
@@ -68,12 +69,11 @@ def measure(path: Path, scratch: Path, repeats: int) -> dict[str, Any]:
         },
         "cp": copies,
         "convert": conversions,
-        "rate_of_cp": round(rates[1] / rates[0], 3),
-        "rate_of_cp_flushed": round(_fastest(copies, "flushed_seconds")["flushed_seconds"]
-                                    / _fastest(conversions)["seconds"], 3),
+        "rate_of_cp": round(_median(copies, "seconds") / converting, 3),
+        "rate_of_cp_flushed": round(_median(copies, "flushed_seconds") / converting, 3),
         "largest_slice_bytes": largest_slice,
         "peak_rss_bound_mib": round((1536 * _MIB + 2 * largest_slice) / _MIB, 1),
-    }  # fmt: skip
+    }
 
 
 def _copy(source: Source, copy: Path) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def _figures(num_bytes: int, seconds: float) -> dict[str, Any]:
     return {"bytes": num_bytes, "seconds": round(seconds, 2), "mb_per_second": round(num_bytes / seconds / 1e6, 1)}
 
 
-def _fastest(turns: Sequence[dict[str, Any]], key: str = "seconds") -> dict[str, Any]:
-    return min(turns, key=lambda turn: turn[key])
+def _median(turns: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(turn[key] for turn in turns)
 
 
 def _drop_caches() -> bool:

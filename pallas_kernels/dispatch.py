@@ -1,5 +1,6 @@
 """Which backend runs a kernel: the one asked for, or the one of the platform in use."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -40,6 +41,11 @@ def choose[Backend: Callable](kernel: str, backends: Mapping[str, Backend], impl
         return backends[impl]
     current = platform()
     if current not in backends:
-        log.warning("%s: no kernel for platform %r yet, running the slow reference", kernel, current)
+        _warn_once(kernel, current)
         return backends["reference"]
     return backends[current]
+
+
+@functools.cache
+def _warn_once(kernel: str, current: str) -> None:
+    log.warning("%s: no kernel for platform %r yet, running the slow reference", kernel, current)

@@ -94,7 +94,8 @@ def _multiply(x: Float[Array, "m k"], matrices: MXFP4, expert: Int[Array, ""]) -
     num_bytes = num_blocks * BLOCK_BYTES
     tile_rows = next(rows for rows in range(min(_MAX_TILE_ROWS, num_rows), 0, -1) if num_rows % rows == 0)
     blocks = matrices.blocks.reshape(-1, num_rows, num_bytes)
-    even, odd = (x.astype(jnp.float32)[:, parity::2].T for parity in (0, 1))
+    # The barrier keeps the strided slices out of the products: XLA's GPU compiler aborts on fusing them in (0.11.2).
+    even, odd = jax.lax.optimization_barrier(tuple(x.astype(jnp.float32)[:, parity::2].T for parity in (0, 1)))
 
     def one_tile(tile: Int[Array, ""]) -> Float[Array, "rows m"]:
         start = (expert, tile * tile_rows, 0)
