@@ -6,7 +6,7 @@ CANDIDATES := python3 python3.12 python3.13 python3.14
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint parity parity-golden clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gptoss-jax demo
@@ -25,6 +25,11 @@ lint: $(VENV)/installed-dev
 parity: $(VENV)/installed-dev
 	sh tests/parity/make_environment.sh
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest tests/parity -m parity
+
+# Writes tests/parity/golden afresh.
+parity-golden: $(VENV)/installed-dev
+	sh tests/parity/make_environment.sh
+	JAX_PLATFORMS=cpu $(PYTHON) -m tests.parity.oracles
 
 $(VENV)/bin/python:
 	@for name in $(CANDIDATES); do \

@@ -79,6 +79,11 @@ def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Name
     except GptOssError as error:
         sys.stderr.write(f"gptoss-jax: {error}\n")
         return BAD_INPUT
+    except BrokenPipeError:  # nobody reads on: not the input's fault
+        raise
+    except OSError as error:
+        sys.stderr.write(f"gptoss-jax: {error.strerror}: {error.filename}: check the path and its permissions\n")
+        return BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("gptoss-jax: interrupted\n")
         return INTERRUPTED

@@ -44,6 +44,7 @@ def convert(
     `resume` continues an interrupted conversion if there is one. Raises CheckpointError or ConversionError, and then
     leaves `destination` as it was; what was written so far stays in `destination`.partial.
     """
+    destination = destination.resolve()
     partial = partial_directory(destination)
     _check_destination(destination, partial, resume=resume, overwrite=overwrite)
     opened = open_source(source)

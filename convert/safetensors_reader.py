@@ -87,7 +87,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
     """
     placed = _read_index(path / INDEX) if (path / INDEX).is_file() else None
     if placed is None:
-        files = tuple(sorted(path.glob("*.safetensors")))
+        files = tuple(sorted(file for file in path.glob("*.safetensors") if file.is_file()))
     else:
         files = tuple(path / name for name in sorted(set(placed.values())))
         if absent := [file.name for file in files if not file.is_file()]:
@@ -150,7 +150,15 @@ def _read_header(path: Path) -> list[StoredTensor]:
         tensors = [
             _stored_tensor(name, entry, path, data_start) for name, entry in header.items() if name != "__metadata__"
         ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as broken:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+    ) as broken:
         raise CheckpointError(f"damaged header ({broken!r})", where=str(path), fix=_DOWNLOAD_AGAIN) from broken
     promised = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=data_start)
     if file_bytes < promised:

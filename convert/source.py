@@ -48,6 +48,12 @@ def open_source(name: str | Path) -> Source:
         path /= "original"
     folder = open_folder(path)
     config = ModelConfig.read(path / CONFIG)
+    if config.num_layers > len(folder.tensors):  # before listing what each layer should hold
+        raise CheckpointError(
+            f"{config.num_layers} layers by its config.json, {len(folder.tensors)} tensors in its files",
+            where=str(path),
+            fix="download the checkpoint and its config.json again",
+        )
     layout = layouts.detect(folder.tensors.keys(), where=str(path))
     found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in folder.tensors.values()}
     return Source(folder, config, layout, layouts.check(found, config, layout, where=str(path)))

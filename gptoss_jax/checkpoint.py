@@ -1,8 +1,10 @@
 """Restore a converted checkpoint onto any devices: each process reads only the bytes of its own shards."""
 
 import functools
+import json
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -54,6 +56,7 @@ def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> di
     """
     stored = read_parameters(directory)
     _check(stored, abstract, where=str(directory))
+    _check_files(directory / PARAMETERS, abstract)
     arguments = {
         path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
         for path, leaf in abstract.items()
@@ -87,3 +90,24 @@ def _check(stored: Mapping[str, Parameter], abstract: Mapping[str, jax.ShapeDtyp
         raise CheckpointError(
             "; ".join(faults[:3]) + more, where=where, fix="build the model from the checkpoint's config.json"
         )
+
+
+def _check_files(checkpoint: Path, paths: Iterable[str]) -> None:
+    """See that every chunk is there in full; what Orbax says about one that is not names no parameter.
+
+    Chunks are uncompressed, so their size is known (convert/zarr.py).
+    """
+    damaged = [path for path in paths if not _is_whole(checkpoint / path)]
+    if damaged or not (checkpoint / "_METADATA").is_file():
+        what = f"{damaged[0]} is missing, or a chunk of it is" if damaged else "the Orbax metadata is missing"
+        raise CheckpointError(what, where=str(checkpoint), fix="convert again with --overwrite")
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / ".zarray").is_file():
+        return False
+    array = json.loads((folder / ".zarray").read_text())
+    item_bytes = {"bfloat16": 2, "|u1": 1}[array["dtype"]]
+    num_chunks = math.prod(-(-size // chunk) for size, chunk in zip(array["shape"], array["chunks"], strict=True))
+    sizes = [file.stat().st_size for file in folder.iterdir() if file.name != ".zarray"]
+    return sizes == [math.prod(array["chunks"]) * item_bytes] * num_chunks

@@ -60,7 +60,8 @@ class Manifest:
 
 def partial_directory(directory: Path) -> Path:
     """Where an unfinished conversion to `directory` lives."""
-    return directory.with_name(directory.name + ".partial")
+    resolved = directory.resolve()  # "." has no name of its own
+    return resolved.parent / f"{resolved.name}.partial"
 
 
 def is_converted(directory: Path) -> bool:

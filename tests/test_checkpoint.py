@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -123,6 +124,38 @@ def test_manifest_that_disagrees_with_the_config_is_refused(checkpoint: Path, tm
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     refused(tmp_path, {}, r"disagree about 1 parameters, first norm\.scale")
+
+
+@pytest.mark.parametrize("damage", ["no chunk", "cut chunk", "no array"])
+def test_damaged_parameter_is_named(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    path = "layers.1.router.weight"
+    array = copy / "parameters" / path
+    if damage == "no array":
+        shutil.rmtree(array)
+    elif damage == "no chunk":
+        (array / "0.0").unlink()
+    else:
+        (array / "0.0").write_bytes(b"short")
+    parameter = parameters(TINY)[path]
+    refused(copy, {path: on_one_device(parameter)}, rf"{path} is missing, or a chunk of it is.*--overwrite")
+    other = parameters(TINY)["norm.scale"]
+    assert np.array_equal(restore(copy, {other.path: on_one_device(other)})[other.path], drawn(other))
+
+
+def test_missing_orbax_metadata_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (copy / "parameters" / "_METADATA").unlink()
+    parameter = parameters(TINY)["norm.scale"]
+    refused(copy, {"norm.scale": on_one_device(parameter)}, "Orbax metadata is missing")
+
+
+def test_directory_can_be_named_by_a_dot(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = parameters(TINY)["norm.scale"]
+    monkeypatch.chdir(checkpoint)
+    assert restore(Path(), {"norm.scale": on_one_device(parameter)})["norm.scale"].shape == (96,)
+    monkeypatch.chdir(tmp_path)
+    refused(Path(), {}, r"no manifest\.json")
 
 
 # Peak resident memory in MB before and after restoring all of a checkpoint, and the bytes restored.

@@ -132,7 +132,8 @@ def _choose(logits: Float[Array, "B V"], rows: Rows, *, num_top: int) -> Chosen:
     """One column of chosen tokens."""
     token = sample(logits, rows.sampling, rows.drawn)[:, None]
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_ids = jax.lax.top_k(logprobs, num_top)
+    best = jax.lax.top_k(logprobs, max(num_top, 1))  # asked for none, XLA on the CPU would sort them all
+    top_logprobs, top_ids = (columns[:, :num_top] for columns in best)
     return Chosen(
         ids=token,
         logprobs=jnp.take_along_axis(logprobs, token, axis=1),

@@ -29,10 +29,12 @@ def parameter(
     return nnx.Param(value, out_sharding=spec(dims, axes))
 
 
-def multiply(equation: str, x: Array, weight: Array, *, out_sharding: P | None = None) -> Array:
-    """An einsum of activations `B T ...` with a weight, accumulated and returned in float32."""
+def multiply(
+    x: Float[Array, "B T in"], weight: Float[Array, "out in"], *, out_sharding: P | None = None
+) -> Float[Array, "B T out"]:
+    """Activations times the transpose of a weight, accumulated and returned in float32."""
     einsum = functools.partial(
-        jnp.einsum, equation, preferred_element_type=jnp.float32, out_sharding=out_sharding, precision="highest"
+        jnp.einsum, "BTI,OI->BTO", preferred_element_type=jnp.float32, out_sharding=out_sharding, precision="highest"
     )
     if platform() == "cpu" and x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1:
         # XLA on the CPU multiplies a lone bfloat16 row by converting the whole weight to float32 first: ten times
@@ -59,11 +61,15 @@ class HeadProjection(nnx.Module):
     """Model width to heads, with bias; stored [out, in] as published, out split into heads."""
 
     def __init__(self, heads: str, num_heads: int, head_dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.heads = heads
         self.weight = parameter(rngs, f"{heads} H D", (num_heads, head_dim, width), dtype=dtype)
         self.bias = parameter(rngs, f"{heads} H", (num_heads, head_dim), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        y = multiply("BTD,NHD->BTNH", x, self.weight[...])
+        # As a matrix: XLA copies a weight of three dims into another order first, at every call.
+        matrix = self.weight[...].reshape(-1, x.shape[-1], out_sharding=spec(f"{self.heads} D", WEIGHT_AXES))
+        dims = f"B T {self.heads} H"
+        y = multiply(x, matrix).reshape(*x.shape[:2], *self.bias.shape, out_sharding=activation(dims))
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -75,7 +81,9 @@ class OutputProjection(nnx.Module):
         self.bias = parameter(rngs, "D", (width,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        y = multiply("BTNH,DNH->BTD", x, self.weight[...], out_sharding=activation("B T D"))
+        matrix = self.weight[...].reshape(self.weight.shape[0], -1, out_sharding=spec("D N", WEIGHT_AXES))
+        joined = x.reshape(*x.shape[:2], -1, out_sharding=activation("B T N"))
+        y = multiply(joined, matrix, out_sharding=activation("B T D"))
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -87,7 +95,7 @@ class Router(nnx.Module):
         self.bias = parameter(rngs, "E", (num_experts,), dtype=dtype, axes=REPLICATED)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        scores = multiply("BTD,ED->BTE", x, self.weight[...])
+        scores = multiply(x, self.weight[...])
         return scores + self.bias[...].astype(jnp.float32)
 
 
@@ -119,4 +127,4 @@ class Unembedding(nnx.Module):
         self.weight = parameter(rngs, "V D", (vocab_size, width), dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return multiply("BTD,VD->BTV", x, self.weight[...])
+        return multiply(x, self.weight[...])

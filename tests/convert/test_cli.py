@@ -32,6 +32,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     assert message.count("\n") == 1
 
 
+def test_what_the_system_refuses_is_one_line(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (published / "config.json").unlink()
+    (published / "config.json").mkdir()
+    assert main([str(published), str(published / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("gptoss-jax: Is a directory: ")
+    assert message.count("\n") == 1
+
+
 def test_interruption_is_no_traceback(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

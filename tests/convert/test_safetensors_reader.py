@@ -63,6 +63,13 @@ def test_header_that_is_no_json_is_named(published: Path) -> None:
         open_folder(published)
 
 
+def test_header_with_an_infinite_shape_is_named(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[Infinity],"data_offsets":[0,1]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match="damaged header"):
+        open_folder(tmp_path)
+
+
 def test_tensor_the_index_names_but_no_file_holds_is_named(published: Path) -> None:
     edit_index(published, "model.layers.9.ghost", "model-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.layers\.9\.ghost is not in model-00000"):

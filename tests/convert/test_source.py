@@ -135,3 +135,11 @@ def test_hub_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(ConversionError, match=r"cannot download \(no connection\): hf://openai/gpt-oss-20b"):
         open_source("hf://openai/gpt-oss-20b")
+
+
+def test_absurd_number_of_layers_is_refused_at_once(published: Path) -> None:
+    content = json.loads((published / "config.json").read_text())
+    content |= {"num_hidden_layers": 10_000, "layer_types": ["full_attention"] * 10_000}
+    (published / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"10000 layers by its config\.json, 79 tensors in its files"):
+        open_source(published)
