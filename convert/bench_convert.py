@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.source import Source, open_source
-from convert.zarr import chunk_shape
+from gptoss_jax.manifest import chunk_shape
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _MIB = 1 << 20

@@ -9,11 +9,19 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from gptoss_jax.errors import GptOssError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other bad input does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"gptoss-jax: {message}: {self.prog}: see {self.prog} --help\n")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +51,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Describe a checkpoint, published or converted: parameters, bytes, what it fits into."
-    parser.add_argument("path", help="a checkpoint folder, a converted directory, or hf://owner/name")
+    parser.add_argument("path", help="a checkpoint folder or a converted directory")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -82,7 +90,11 @@ def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Name
     except BrokenPipeError:  # nobody reads on: not the input's fault
         raise
     except OSError as error:
-        sys.stderr.write(f"gptoss-jax: {error.strerror}: {error.filename}: check the path and its permissions\n")
+        if error.filename is None:  # about no file the user named: a bug
+            raise
+        sys.stderr.write(
+            f"gptoss-jax: {error.strerror or error}: {error.filename}: check the path and its permissions\n"
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("gptoss-jax: interrupted\n")
@@ -91,7 +103,7 @@ def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m convert SOURCE DESTINATION`."""
-    parser = argparse.ArgumentParser(prog="python -m convert")
+    parser = Parser(prog="python -m convert", allow_abbrev=False)
     add_convert_arguments(parser)
     return run_guarded(run_convert, parser.parse_args(arguments))
 

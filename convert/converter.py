@@ -21,9 +21,18 @@ from convert.orbax_tree import commit
 from convert.progress import Progress, Stream, format_bytes
 from convert.slices import parameter_slices
 from convert.source import Source, open_source
-from convert.zarr import UNREADABLE, ArrayWriter, chunk_shape, read_chunk_rows, row_major_bytes
+from convert.zarr import UNREADABLE, ArrayWriter, read_chunk_rows, row_major_bytes
 from gptoss_jax.errors import ConversionError
-from gptoss_jax.manifest import CONFIG, MANIFEST, PARAMETERS, Manifest, is_converted, partial_directory
+from gptoss_jax.manifest import (
+    CONFIG,
+    MANIFEST,
+    PARAMETERS,
+    Manifest,
+    chunk_shape,
+    is_converted,
+    is_partial,
+    partial_directory,
+)
 from gptoss_jax.parameters import Parameter, parameters
 
 _ARRAYS = "arrays"
@@ -50,7 +59,7 @@ def convert(
     opened = open_source(source)
     _check_quantize(opened, quantize)
     with _named_disk_errors(partial):
-        journal = _start(partial, opened, quantize=quantize, resume=resume)
+        journal = _start(partial, opened, quantize=quantize, resume=resume, stream=progress)
         _check_space(opened, partial, journal)
         _write_arrays(opened, partial, journal, progress)
         manifest = Manifest(
@@ -68,6 +77,8 @@ def convert(
 
 def _check_destination(destination: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
     where = str(destination)
+    if is_partial(destination):
+        raise ConversionError("the name of an interrupted conversion", where=where, fix="name another directory")
     if destination.exists() and not overwrite:
         raise ConversionError(
             "the destination exists", where=where, fix="name another directory, or replace it with --overwrite"
@@ -78,12 +89,26 @@ def _check_destination(destination: Path, partial: Path, *, resume: bool, overwr
             where=where,
             fix="name another directory, or remove it yourself",
         )
+    if partial.exists() and not _is_ours(partial):
+        raise ConversionError(
+            "no interrupted conversion, so it is not removed", where=str(partial), fix="move it out of the way"
+        )
+    replaced = _replaced_directory(destination)
+    if replaced.exists() and not ((resume or overwrite) and is_converted(replaced)):
+        raise ConversionError(
+            "in the way of replacing checkpoints", where=str(replaced), fix="move it out of the way, or remove it"
+        )
     if partial.exists() and not (resume or overwrite):
         raise ConversionError(
             "an earlier conversion was interrupted",
             where=str(partial),
             fix="continue it with --resume, or start again with --overwrite",
         )
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a conversion made it: it holds a journal, or nothing yet."""
+    return partial.is_dir() and (Journal.is_in(partial) or not any(partial.iterdir()))
 
 
 def _check_quantize(source: Source, quantize: bool) -> None:
@@ -98,19 +123,26 @@ def _check_quantize(source: Source, quantize: bool) -> None:
         raise ConversionError("its experts are MXFP4 already", where=where, fix="leave out --quantize")
 
 
-def _start(partial: Path, source: Source, *, quantize: bool, resume: bool) -> Journal:
+def _start(partial: Path, source: Source, *, quantize: bool, resume: bool, stream: Stream | None) -> Journal:
     """Make the partial directory, or take up an interrupted one: keep the parameters that are whole."""
     identity = identify(source, quantize=quantize)
     if not (resume and partial.is_dir()):
         if partial.is_dir():
             shutil.rmtree(partial)
-        (partial / _ARRAYS).mkdir(parents=True)
-        return Journal(partial, identity, {})
+        partial.mkdir(parents=True)
+        journal = Journal(partial, identity, {})  # first: it says whose directory this is
+        (partial / _ARRAYS).mkdir()
+        return journal
     done = read_done(partial, identity)
     _take_back(partial)
     arrays = partial / _ARRAYS
     tree = parameters(source.config)
-    kept = {path: checksum for path, checksum in done.items() if _is_whole(arrays / path, tree[path], checksum)}
+    with Progress("checked", sum(tree[path].num_bytes for path in done), stream if done else None) as progress:
+        kept = {
+            path: checksum
+            for path, checksum in done.items()
+            if _is_whole(arrays / path, tree[path], checksum, progress)
+        }
     for folder in arrays.iterdir():
         if folder.name not in kept:
             shutil.rmtree(folder)
@@ -141,15 +173,13 @@ def _check_space(source: Source, partial: Path, journal: Journal) -> None:
 
 def _write_arrays(source: Source, partial: Path, journal: Journal, stream: Stream | None) -> None:
     total = sum(parameter.num_bytes for parameter in parameters(source.config).values())
-    progress = Progress("converted", total, stream)
-    with ThreadPoolExecutor(max_workers=1) as hasher:
+    with Progress("converted", total, stream) as progress, ThreadPoolExecutor(max_workers=1) as hasher:
         for tensor in source.in_file_order():
             if all(parameter.path in journal.done for parameter in tensor.holds):
                 progress.skip(sum(parameter.num_bytes for parameter in tensor.holds))
                 continue
             for path, checksum in _write_tensor(source, tensor, partial / _ARRAYS, hasher, progress).items():
                 journal.add(path, checksum)
-    progress.close()
 
 
 def _write_tensor(
@@ -188,7 +218,8 @@ def _complete(partial: Path, source: Source, manifest: Manifest) -> None:
 
 
 def _rename(partial: Path, destination: Path) -> None:
-    replaced = destination.with_name(destination.name + ".replaced")
+    """Put the new checkpoint in its place; what may be removed has been checked at the start."""
+    replaced = _replaced_directory(destination)
     if destination.exists():
         if replaced.exists():  # left by a crash after the last renaming
             shutil.rmtree(replaced)
@@ -198,12 +229,18 @@ def _rename(partial: Path, destination: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def _is_whole(folder: Path, parameter: Parameter, checksum: str) -> bool:
+def _replaced_directory(destination: Path) -> Path:
+    """Where the checkpoint that is being replaced lies for a moment."""
+    return destination.with_name(destination.name + ".replaced")
+
+
+def _is_whole(folder: Path, parameter: Parameter, checksum: str, progress: Progress) -> bool:
     """Whether a stored parameter is all there, whatever the crash did to the disk's caches."""
     digest = hashlib.sha256()
     try:
         for rows in read_chunk_rows(folder, parameter):
             digest.update(row_major_bytes(rows))
+            progress.add(rows.nbytes)
     except UNREADABLE:
         return False
     return digest.hexdigest() == checksum
@@ -215,6 +252,8 @@ def _named_disk_errors(partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not from the system: a bug
+            raise
         is_full = error.errno in _DISK_FULL
         raise ConversionError(
             f"disk full ({error.strerror})" if is_full else f"cannot go on ({error.strerror})",

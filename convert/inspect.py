@@ -5,14 +5,19 @@ Reads headers and manifests only. The figures come from the architecture, which 
 
 import collections
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert.progress import format_bytes
-from convert.source import open_source
+from convert.source import HUB_PREFIX, open_source
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.manifest import CONFIG, is_converted, partial_directory, read_manifest
+from gptoss_jax.errors import CheckpointError
+from gptoss_jax.manifest import CONFIG, is_converted, is_partial, partial_directory, read_manifest
+from gptoss_jax.model.cache import Cache
 from gptoss_jax.parameters import Parameter, num_active_parameters, num_parameters, parameters
 
 MEMORY_GB = (16, 24, 48, 80, 141)
@@ -20,7 +25,6 @@ MEMORY_GB = (16, 24, 48, 80, 141)
 CONTEXTS = (4096, 32768, 131072)
 _FREE_SHARE = 0.1
 """Of the memory, left to activations and the runtime."""
-_BFLOAT16_BYTES = 2
 # First match wins: the start of a path inside its layer, and the group it is listed in.
 _GROUPS = (
     ("experts.", "experts"),
@@ -45,19 +49,6 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheSize:
-    """Bytes of keys and values that one sequence needs in bfloat16."""
-
-    bytes_per_token: int
-    """In the full-attention layers; they keep every token."""
-    fixed_bytes: int
-    """In the sliding layers; they keep one window."""
-
-    def num_bytes(self, num_tokens: int) -> int:
-        return self.bytes_per_token * num_tokens + self.fixed_bytes
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """What `inspect` found; `str` of it is a page of tables."""
 
@@ -71,20 +62,23 @@ class Report:
     num_bytes: int
     bytes_by_dtype: dict[str, int]
     files: tuple[tuple[str, int], ...]
+    """The safetensors files, name and bytes; of a converted directory those it was made from."""
+    is_converted: bool
     groups: tuple[Group, ...]
-    cache: CacheSize
+    cache_bytes: dict[int, int]
+    """Of the keys and values of one sequence in bfloat16, by its tokens."""
 
     def sequences(self, memory_gb: int, context: int) -> int:
         """How many sequences of `context` tokens fit beside the weights; -1 when the weights alone do not."""
         room = memory_gb * 1e9 * (1 - _FREE_SHARE) - self.num_bytes
-        return math.floor(room / self.cache.num_bytes(context)) if room >= 0 else -1
+        return math.floor(room / self.cache_bytes[context]) if room >= 0 else -1
 
     def to_json(self) -> dict[str, Any]:
         """For programs: the same figures."""
         fits = [
             {"memory_gb": memory, "context": context, "sequences": max(self.sequences(memory, context), 0)}
             for memory in MEMORY_GB
-            for context in CONTEXTS
+            for context in self.cache_bytes
         ]
         return {**dataclasses.asdict(self), "config": self.config.to_json(), "fits": fits}
 
@@ -95,6 +89,7 @@ class Report:
         config = self.config
         dtypes = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.bytes_by_dtype.items())
         names = ", ".join(name for name, _ in self.files)
+        caches = ", ".join(f"{format_bytes(size)} for {length:,} tokens" for length, size in self.cache_bytes.items())
         return [
             f"{self.path}: {self.form}",
             f"  {config.num_layers} layers, width {config.hidden_size}, {config.num_heads} query and "
@@ -103,8 +98,8 @@ class Report:
             f"{config.experts_per_token} for each token; context {config.max_context}, window {config.sliding_window}",
             f"  parameters {self.num_parameters:,}, active for one token {self.num_active_parameters:,}",
             f"  bytes {self.num_bytes:,}: {dtypes}",
-            f"  {len(self.files)} files: {names}",
-            f"  cache: {self.cache.bytes_per_token:,} bytes a token and {self.cache.fixed_bytes:,} a sequence",
+            f"  {'converted from ' if self.is_converted else ''}{len(self.files)} files: {names}",
+            f"  cache of one sequence: {caches}",
         ]
 
     def _group_table(self) -> list[str]:
@@ -117,20 +112,27 @@ class Report:
     def _fit_table(self) -> list[str]:
         rows = []
         for memory in MEMORY_GB:
-            counts = [self.sequences(memory, context) for context in CONTEXTS]
+            counts = [self.sequences(memory, context) for context in self.cache_bytes]
             rows.append([f"{memory} GB", *("weights do not fit" if count < 0 else f"{count:,}" for count in counts)])
-        header = ["one device", *(f"sequences of {context:,}" for context in CONTEXTS)]
+        header = ["one device", *(f"sequences of {context:,}" for context in self.cache_bytes)]
         return [*_table(header, rows), f"  ({_FREE_SHARE:.0%} of the memory left to activations; bfloat16 cache)"]
 
 
 def inspect(path: str | Path) -> Report:
-    """Describe the checkpoint at `path`: a converted directory, a published folder, or hf://owner/name."""
+    """Describe the checkpoint at `path`: a converted directory or a published folder."""
+    if str(path).startswith(HUB_PREFIX):  # which would be downloaded whole, for its headers
+        raise CheckpointError(
+            "not on this machine", where=str(path), fix="run gptoss-jax convert on it and inspect the result"
+        )
     directory = Path(path)
-    if is_converted(directory) or (not directory.exists() and partial_directory(directory).exists()):
+    is_unfinished = is_partial(directory) if directory.exists() else partial_directory(directory).exists()
+    if is_converted(directory) or is_unfinished:
         manifest = read_manifest(directory)
         config = ModelConfig.read(directory / CONFIG)
         files = tuple((file.name, file.num_bytes) for file in manifest.source_files)
-        return _report(str(path), f"converted (Orbax) from the {manifest.layout} layout", config, files)
+        return _report(
+            str(path), f"converted (Orbax) from the {manifest.layout} layout", config, files, is_converted=True
+        )
     source = open_source(path)
     files = tuple((file.name, file.num_bytes) for file in source.files())
     report = _report(str(path), f"safetensors, {source.layout} layout", source.config, files)
@@ -140,17 +142,16 @@ def inspect(path: str | Path) -> Report:
     return report
 
 
-def cache_size(config: ModelConfig) -> CacheSize:
-    """The key/value cache of one sequence."""
-    layer_bytes = 2 * config.num_kv_heads * config.head_dim * _BFLOAT16_BYTES
-    kinds = collections.Counter(config.layer_kinds)
-    return CacheSize(
-        bytes_per_token=kinds["full_attention"] * layer_bytes,
-        fixed_bytes=kinds["sliding_attention"] * layer_bytes * config.sliding_window,
-    )
+def cache_bytes(config: ModelConfig) -> dict[int, int]:
+    """Bytes of the keys and values of one sequence in bfloat16, by its tokens."""
+    lengths = [length for length in CONTEXTS if length <= config.max_context] or [config.max_context]
+    caches = {n: jax.eval_shape(functools.partial(Cache.create, config, batch=1, max_length=n)) for n in lengths}
+    return {length: cache.nbytes for length, cache in caches.items()}
 
 
-def _report(path: str, form: str, config: ModelConfig, files: tuple[tuple[str, int], ...]) -> Report:
+def _report(
+    path: str, form: str, config: ModelConfig, files: tuple[tuple[str, int], ...], *, is_converted: bool = False
+) -> Report:
     tree = parameters(config).values()
     by_dtype: collections.Counter[str] = collections.Counter()
     for parameter in tree:
@@ -167,7 +168,8 @@ def _report(path: str, form: str, config: ModelConfig, files: tuple[tuple[str, i
         bytes_by_dtype=dict(by_dtype),
         files=files,
         groups=_groups(list(tree)),
-        cache=cache_size(config),
+        is_converted=is_converted,
+        cache_bytes=cache_bytes(config),
     )
 
 

@@ -32,6 +32,11 @@ class Journal:
         self._write("a", {"path": path, "sha256": checksum})
 
     @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether a conversion, complete or not, left its journal there."""
+        return (directory / _NAME).is_file()
+
+    @staticmethod
     def remove_from(directory: Path) -> None:
         """Delete the journal of a conversion that is complete."""
         (directory / _NAME).unlink()

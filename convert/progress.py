@@ -27,7 +27,7 @@ class Stream(Protocol):
 
 
 class Progress:
-    """Counts bytes towards `total`; shows nothing without a stream."""
+    """Counts bytes towards `total`, as a context; shows nothing without a stream."""
 
     def __init__(self, verb: str, total: int, stream: Stream | None) -> None:
         self.verb = verb
@@ -37,6 +37,7 @@ class Progress:
         self._is_terminal = stream is not None and stream.isatty()
         self._started = self._shown = time.monotonic()
         self._resumed = 0
+        self._is_line_open = False
 
     def skip(self, num_bytes: int) -> None:
         """Count bytes that were done before, outside the rate."""
@@ -50,9 +51,16 @@ class Progress:
         if time.monotonic() - self._shown >= pause:
             self._show("" if self._is_terminal else "\n")
 
-    def close(self) -> None:
-        """Show the last figures."""
-        self._show("\n")
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Show the last figures; after an error only end the line, so that its message starts one."""
+        if error is None:
+            self._show("\n")
+        elif self._stream is not None and self._is_line_open:
+            self._stream.write("\n")
+            self._stream.flush()
 
     def _show(self, end: str) -> None:
         if self._stream is None:
@@ -66,4 +74,5 @@ class Progress:
         if self._is_terminal:
             line = f"\r{line:<70}"
         self._stream.write(line + end)
+        self._is_line_open = not end
         self._stream.flush()

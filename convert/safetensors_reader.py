@@ -115,7 +115,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         placed = json.loads(path.read_text())["weight_map"]
         return {str(name): str(file) for name, file in placed.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as broken:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as broken:
         raise CheckpointError(f"damaged index ({broken!r})", where=str(path), fix=_DOWNLOAD_AGAIN) from broken
 
 
@@ -151,11 +151,10 @@ def _read_header(path: Path) -> list[StoredTensor]:
             _stored_tensor(name, entry, path, data_start) for name, entry in header.items() if name != "__metadata__"
         ]
     except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
+        ValueError,  # no JSON and no UTF-8 too
+        RecursionError,
         KeyError,
         TypeError,
-        ValueError,
         OverflowError,
         AttributeError,
     ) as broken:

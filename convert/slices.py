@@ -3,21 +3,22 @@
 A published MXFP4 checkpoint gives its own bytes. A dequantized one is quantized here, one expert at a time.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from convert.layouts import SourceTensor
 from convert.safetensors_reader import SafetensorsFolder
-from convert.zarr import chunk_shape, numpy_dtype
+from convert.zarr import numpy_dtype
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.manifest import chunk_shape
 from gptoss_jax.parameters import Parameter
-
-_NAN_SCALE = 255
-"""The e8m0 byte that means NaN (OCP Microscaling Formats v1.0); no published weight holds one."""
+from pallas_kernels.mxfp4 import MXFP4, quantize, refuse_invalid_scales, refuse_nonfinite
 
 
 def parameter_slices(folder: SafetensorsFolder, tensor: SourceTensor) -> Iterator[tuple[Parameter, np.ndarray]]:
@@ -29,7 +30,10 @@ def parameter_slices(folder: SafetensorsFolder, tensor: SourceTensor) -> Iterato
     slices = _quantized(folder, tensor) if tensor.is_dequantized else _published(folder, tensor)
     for parameter, start, rows in slices:
         if parameter.leaf == "scales":
-            _refuse_nan_scales(rows, start, tensor, folder)
+            with _named(
+                tensor, f"{start}:{start + len(rows)}", folder, "download it again: no published weight is NaN"
+            ):
+                refuse_invalid_scales(rows)
         yield parameter, rows
 
 
@@ -55,7 +59,8 @@ def _quantized(folder: SafetensorsFolder, tensor: SourceTensor) -> Iterator[tupl
         for expert in range(start, start + step):
             mapped = folder.read(tensor.name, expert * expert_bytes, (expert + 1) * expert_bytes)
             matrix = mapped.view(ml_dtypes.bfloat16).reshape(num_inputs, num_outputs)
-            _refuse_nonfinite(matrix, expert, tensor, folder)
+            with _named(tensor, f"{expert}", folder, "export the checkpoint again with finite weights"):
+                refuse_nonfinite(matrix)
             parts.append(_quantizer()(matrix))
         yield blocks, start, np.stack([part[0] for part in parts])
         yield scales, start, np.stack([part[1] for part in parts])
@@ -63,10 +68,7 @@ def _quantized(folder: SafetensorsFolder, tensor: SourceTensor) -> Iterator[tupl
 
 @functools.cache
 def _quantizer() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Blocks and scales of one [in, out] matrix; JAX is imported for checkpoints that need it."""
-    import jax
-
-    from pallas_kernels.mxfp4 import MXFP4, quantize
+    """Blocks and scales of one [in, out] matrix."""
 
     @jax.jit
     def quantize_transposed(matrix: jax.Array) -> MXFP4:
@@ -79,22 +81,11 @@ def _quantizer() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     return run
 
 
-def _refuse_nan_scales(rows: np.ndarray, start: int, tensor: SourceTensor, folder: SafetensorsFolder) -> None:
-    if rows.max() == _NAN_SCALE:
-        row, *rest = (int(index) for index in np.argwhere(rows == _NAN_SCALE)[0])
-        raise CheckpointError(
-            f"scale byte {_NAN_SCALE} (NaN) in {tensor.name} at index {[start + row, *rest]}",
-            where=str(folder.tensors[tensor.name].file),
-            fix="download it again: no published weight holds one",
-        )
-
-
-def _refuse_nonfinite(matrix: np.ndarray, expert: int, tensor: SourceTensor, folder: SafetensorsFolder) -> None:
-    finite = np.isfinite(matrix)
-    if not finite.all():
-        place = [expert, *(int(index) for index in np.argwhere(~finite)[0])]
-        raise CheckpointError(
-            f"{tensor.name} is infinite or NaN at index {place}",
-            where=str(folder.tensors[tensor.name].file),
-            fix="export the checkpoint again with finite weights",
-        )
+@contextlib.contextmanager
+def _named(tensor: SourceTensor, rows: str, folder: SafetensorsFolder, fix: str) -> Iterator[None]:
+    """Say in which tensor of which file a value is refused."""
+    try:
+        yield
+    except ValueError as refused:
+        file = folder.tensors[tensor.name].file
+        raise CheckpointError(f"{tensor.name}[{rows}]: {refused}", where=str(file), fix=fix) from refused

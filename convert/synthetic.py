@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from convert.layouts import LayoutName, SourceTensor, source_tensors
-from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
+from gptoss_jax.config import MX_BLOCK, ModelConfig, gpt_oss_20b, gpt_oss_120b
 from gptoss_jax.errors import ConversionError
-from gptoss_jax.parameters import MX_BLOCK, Parameter
+from gptoss_jax.parameters import Parameter
 from pallas_kernels.mxfp4 import CODE_VALUES
 
 SyntheticLayout = Literal["hf", "original", "bf16"]

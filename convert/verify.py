@@ -38,10 +38,10 @@ def verify(directory: Path, source: str | Path | None = None, *, progress: Strea
     for parameter in tree.values():
         _check_array(directory, parameter)
     total = sum(parameter.num_bytes for parameter in tree.values())
-    shown = Progress("verified", total, progress)
     if source is None:
-        for parameter in tree.values():
-            _compare_with_checksum(directory, parameter, manifest, shown)
+        with Progress("verified", total, progress) as shown:
+            for parameter in tree.values():
+                _compare_with_checksum(directory, parameter, manifest, shown)
         against = "the checksums of its manifest"
     else:
         opened = open_source(source)
@@ -51,9 +51,9 @@ def verify(directory: Path, source: str | Path | None = None, *, progress: Strea
                 where=f"{directory} and {opened.folder.path}",
                 fix="name the source it was converted from",
             )
-        _compare_with_source(directory, opened, shown)
+        with Progress("verified", total, progress) as shown:
+            _compare_with_source(directory, opened, shown)
         against = str(source)
-    shown.close()
     return Verified(against, len(tree), total)
 
 

@@ -14,15 +14,12 @@ import ml_dtypes
 import numpy as np
 import tensorstore
 
+from gptoss_jax.manifest import chunk_shape, zarr_metadata
 from gptoss_jax.parameters import Parameter
 
-# The most parts that a sensible mesh cuts each dim into; a shard then reads no byte of its neighbour.
-_MOST_PARTS = {"E": 32, "N": 8, "K": 8, "V": 128}
-_SMALL_BYTES = 1 << 18
 # Megabytes in one go make Linux look for page-cache memory in one piece, at times for twice the processor time.
 _WRITE_BYTES = 1 << 18
 _NUMPY_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "uint8": np.dtype(np.uint8)}
-_ZARR_DTYPES = {"bfloat16": "bfloat16", "uint8": "|u1"}
 
 UNREADABLE = (ValueError, FileNotFoundError)
 """What tensorstore raises for an array whose metadata or chunks are missing, damaged or cut short."""
@@ -31,16 +28,6 @@ UNREADABLE = (ValueError, FileNotFoundError)
 def numpy_dtype(parameter: Parameter) -> np.dtype:
     """The dtype its values have in memory."""
     return _NUMPY_DTYPES[parameter.dtype]
-
-
-def chunk_shape(parameter: Parameter) -> tuple[int, ...]:
-    """How it is cut into chunks: where meshes cut it; a small parameter not at all."""
-    if parameter.num_bytes <= _SMALL_BYTES:
-        return parameter.shape
-    return tuple(
-        size // _largest_divisor(size, _MOST_PARTS.get(dim, 1))
-        for dim, size in zip(parameter.dims, parameter.shape, strict=True)
-    )
 
 
 class ArrayWriter:
@@ -52,18 +39,7 @@ class ArrayWriter:
         self.chunks = chunks
         self._next_chunk = 0
         directory.mkdir(parents=True)
-        metadata = {
-            "zarr_format": 2,
-            "shape": parameter.shape,
-            "chunks": chunks,
-            "dtype": _ZARR_DTYPES[parameter.dtype],
-            "compressor": None,
-            "filters": None,
-            "fill_value": None,
-            "order": "C",
-            "dimension_separator": ".",
-        }
-        (directory / ".zarray").write_text(json.dumps(metadata))
+        (directory / ".zarray").write_text(json.dumps(zarr_metadata(parameter) | {"chunks": chunks}))
 
     def write(self, rows: np.ndarray) -> None:
         """Write the next rows: a whole number of chunks of the first dim."""
@@ -110,7 +86,3 @@ def read_chunk_rows(directory: Path, parameter: Parameter) -> Iterator[np.ndarra
 def row_major_bytes(rows: np.ndarray) -> memoryview:
     """The bytes that checksums are taken of."""
     return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
-
-
-def _largest_divisor(size: int, limit: int) -> int:
-    return next(parts for parts in range(min(size, limit), 0, -1) if size % parts == 0)

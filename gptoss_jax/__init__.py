@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from gptoss_jax.checkpoint import load
     from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
     from gptoss_jax.generation.generate import Completion, Token, generate, stream
-    from gptoss_jax.generation.sampling import Sampling
-    from gptoss_jax.generation.steps import decode, prefill
+    from gptoss_jax.generation.sampling import Sampling, SamplingRows
+    from gptoss_jax.generation.steps import decode, prefill, start
     from gptoss_jax.model.cache import Cache
     from gptoss_jax.model.transformer import Transformer, build
     from gptoss_jax.sharding import make_mesh
@@ -24,6 +24,7 @@ _HOMES = {
     "Completion": "generation.generate",
     "ModelConfig": "config",
     "Sampling": "generation.sampling",
+    "SamplingRows": "generation.sampling",
     "Token": "generation.generate",
     "Transformer": "model.transformer",
     "build": "model.transformer",
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "checkpoint",
     "make_mesh": "sharding",
     "prefill": "generation.steps",
+    "start": "generation.steps",
     "stream": "generation.generate",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "Completion",
     "ModelConfig",
     "Sampling",
+    "SamplingRows",
     "Token",
     "Transformer",
     "build",
@@ -53,6 +56,7 @@ __all__ = [
     "load",
     "make_mesh",
     "prefill",
+    "start",
     "stream",
 ]
 

@@ -1,10 +1,11 @@
 """Restore a converted checkpoint onto any devices: each process reads only the bytes of its own shards."""
 
+import contextlib
 import functools
 import json
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest, read_parameters
+from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest, read_parameters, zarr_metadata
 from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
 from gptoss_jax.parameters import Parameter
 from pallas_kernels.dispatch import Impl
@@ -56,7 +57,8 @@ def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> di
     """
     stored = read_parameters(directory)
     _check(stored, abstract, where=str(directory))
-    _check_files(directory / PARAMETERS, abstract)
+    _check_files(directory / PARAMETERS, [stored[path] for path in abstract])
+    _check_metadata(directory / PARAMETERS, abstract)
     arguments = {
         path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
         for path, leaf in abstract.items()
@@ -64,7 +66,7 @@ def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> di
     # Orbax refuses a read that alone exceeds its limit on bytes in flight.
     largest = max(stored[path].num_bytes for path in abstract)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _named_damage(directory / PARAMETERS), ocp.Checkpointer(handler) as checkpointer:
         tree = checkpointer.restore(
             str((directory / PARAMETERS).resolve()),
             args=ocp.args.PyTreeRestore(
@@ -92,22 +94,50 @@ def _check(stored: Mapping[str, Parameter], abstract: Mapping[str, jax.ShapeDtyp
         )
 
 
-def _check_files(checkpoint: Path, paths: Iterable[str]) -> None:
+def _check_files(checkpoint: Path, parameters: Iterable[Parameter]) -> None:
     """See that every chunk is there in full; what Orbax says about one that is not names no parameter.
 
     Chunks are uncompressed, so their size is known (convert/zarr.py).
     """
-    damaged = [path for path in paths if not _is_whole(checkpoint / path)]
-    if damaged or not (checkpoint / "_METADATA").is_file():
-        what = f"{damaged[0]} is missing, or a chunk of it is" if damaged else "the Orbax metadata is missing"
-        raise CheckpointError(what, where=str(checkpoint), fix="convert again with --overwrite")
+    damaged = [parameter.path for parameter in parameters if not _is_whole(checkpoint / parameter.path, parameter)]
+    if damaged:
+        raise _damaged(f"{damaged[0]} is missing or damaged", checkpoint)
 
 
-def _is_whole(folder: Path) -> bool:
-    if not (folder / ".zarray").is_file():
+def _check_metadata(checkpoint: Path, paths: Iterable[str]) -> None:
+    """See that Orbax's list of the arrays names ours: it would pass over one that is left out."""
+    try:
+        tree = json.loads((checkpoint / "_METADATA").read_text())["tree_metadata"]
+        listed = {".".join(part["key"] for part in leaf["key_metadata"]) for leaf in tree.values()}
+    except FileNotFoundError as missing:
+        raise _damaged("the Orbax metadata is missing", checkpoint) from missing
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as broken:
+        raise _damaged(f"damaged Orbax metadata ({broken!r})", checkpoint) from broken
+    if absent := sorted(set(paths) - listed):
+        raise _damaged(f"damaged Orbax metadata ({absent[0]} is not in it)", checkpoint)
+
+
+def _is_whole(folder: Path, parameter: Parameter) -> bool:
+    expected = zarr_metadata(parameter)
+    try:
+        if json.loads((folder / ".zarray").read_text()) != expected:
+            return False
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # no file, or no JSON
         return False
-    array = json.loads((folder / ".zarray").read_text())
-    item_bytes = {"bfloat16": 2, "|u1": 1}[array["dtype"]]
-    num_chunks = math.prod(-(-size // chunk) for size, chunk in zip(array["shape"], array["chunks"], strict=True))
+    num_chunks = math.prod(size // chunk for size, chunk in zip(parameter.shape, expected["chunks"], strict=True))
     sizes = [file.stat().st_size for file in folder.iterdir() if file.name != ".zarray"]
-    return sizes == [math.prod(array["chunks"]) * item_bytes] * num_chunks
+    return sizes == [parameter.num_bytes // num_chunks] * num_chunks
+
+
+@contextlib.contextmanager
+def _named_damage(checkpoint: Path) -> Iterator[None]:
+    """Turn what Orbax says about files it cannot use into a CheckpointError, for what the checks did not see."""
+    try:
+        yield
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise _damaged(f"Orbax cannot restore it ({reason:.200})", checkpoint) from error
+
+
+def _damaged(what: str, checkpoint: Path) -> CheckpointError:
+    return CheckpointError(what, where=str(checkpoint), fix="convert again with --overwrite")

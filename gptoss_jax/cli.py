@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.cli import (
-    BAD_INPUT,
+    Parser,
     add_convert_arguments,
     add_inspect_arguments,
     add_verify_arguments,
@@ -50,15 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other bad input does."""
-
-    def error(self, message: str) -> Any:
-        self.exit(BAD_INPUT, f"gptoss-jax: {message}: {self.prog}: see {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gptoss-jax", description="Run OpenAI's gpt-oss models in JAX.", allow_abbrev=False)
+    parser = Parser(prog="gptoss-jax", description="Run OpenAI's gpt-oss models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gptoss-jax {version('gptoss-jax')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in (

@@ -10,6 +10,7 @@ The legend of the letters that name dims, here and in every annotation, einsum a
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,14 +23,18 @@ LayerKind = Literal["sliding_attention", "full_attention"]
 _IGNORED = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
-        "eos_token_id", "id2label", "initial_context_length", "initializer_range", "is_encoder_decoder", "label2id",
-        "num_experts_per_tok", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-        "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef", "torch_dtype",
-        "transformers_version", "use_cache",
+        "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
+        "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "quantization_config",
+        "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
 _FIXED = {"model_type": "gpt_oss", "attention_bias": True, "tie_word_embeddings": False, "hidden_act": "silu"}
-_MX_BLOCK = 32
+# JSON knows Infinity and integers of any length; every number of an architecture is far below this.
+_LARGEST = 1 << 53
+_MOST_LAYERS = 1 << 12
+
+MX_BLOCK = 32
+"""Values that share one scale byte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float):
-                check(value > 0, f"{field.name} is {value}")
+                check(0 < value < math.inf, f"{field.name} is {value}")
         check(
             len(self.layer_kinds) == self.num_layers, f"{len(self.layer_kinds)} layer kinds, {self.num_layers} layers"
         )
@@ -82,7 +87,7 @@ class ModelConfig:
         check(self.experts_per_token <= self.num_experts, f"{self.experts_per_token} of {self.num_experts} experts")
         for name in ("hidden_size", "intermediate_size"):
             size = getattr(self, name)
-            check(size % _MX_BLOCK == 0, f"{name} {size} is no multiple of the {_MX_BLOCK}-value MXFP4 block")
+            check(size % MX_BLOCK == 0, f"{name} {size} is no multiple of the {MX_BLOCK}-value MXFP4 block")
 
     @classmethod
     def from_json(cls, source: Mapping[str, Any], *, where: str = "config.json") -> "ModelConfig":
@@ -92,9 +97,12 @@ class ModelConfig:
         """
         read = _Reader(source, where)
         is_hugging_face = "model_type" in source or "num_local_experts" in source
-        config = cls(**(_hugging_face(read) if is_hugging_face else _original(read)))
+        fields = _hugging_face(read) if is_hugging_face else _original(read)
         read.refuse_leftovers()
-        return config
+        try:
+            return cls(**fields)
+        except ConfigError as impossible:  # which does not know the file
+            raise ConfigError(impossible.what, where=where, fix="use the published config.json") from impossible
 
     @classmethod
     def read(cls, path: Path) -> "ModelConfig":
@@ -103,7 +111,7 @@ class ModelConfig:
             parsed = json.loads(path.read_text())
         except FileNotFoundError as missing:
             raise ConfigError("no config.json", where=str(path), fix="name a checkpoint folder") from missing
-        except (json.JSONDecodeError, UnicodeDecodeError) as broken:
+        except (ValueError, RecursionError) as broken:
             raise ConfigError(f"not JSON ({broken})", where=str(path), fix="download it again") from broken
         if not isinstance(parsed, dict):
             raise ConfigError("not a JSON object", where=str(path), fix="download it again")
@@ -173,15 +181,43 @@ class _Reader:
 
     def integer(self, key: str) -> int:
         value = self(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{key} is {value!r}, no integer", where=self.where, fix="use the published config.json")
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _LARGEST:
+            raise ConfigError(
+                f"{key} is {value!r:.60}, no integer", where=self.where, fix="use the published config.json"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{key} is {value!r}, no number", where=self.where, fix="use the published config.json")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST:  # NaN neither
+            raise ConfigError(
+                f"{key} is {value!r:.60}, no number", where=self.where, fix="use the published config.json"
+            )
         return float(value)
+
+    def layer_kinds(self, num_layers: int) -> tuple[LayerKind, ...]:
+        """`layer_types`, or the alternation that a config.json without it stands for."""
+        if "layer_types" not in self.left:
+            if num_layers > _MOST_LAYERS:
+                raise ConfigError(
+                    f"num_hidden_layers is {num_layers}", where=self.where, fix="use the published config.json"
+                )
+            return _alternating(num_layers)
+        kinds = self("layer_types")
+        known = get_args(LayerKind)
+        if not isinstance(kinds, list) or not all(kind in known for kind in kinds):
+            raise ConfigError(
+                f"layer_types is {kinds!r:.60}", where=self.where, fix=f"list one of {known} for each layer"
+            )
+        return tuple(kinds)
+
+    def same(self, key: str, other: str, value: int) -> None:
+        """Take a key that may be left out, and may not contradict the `value` that `other` has."""
+        found = self(key, value)
+        if found != value:
+            raise ConfigError(
+                f"{key} is {found!r}, {other} is {value!r}", where=self.where, fix="use the published config.json"
+            )
 
     def nested(self, key: str) -> "_Reader":
         value = self(key)
@@ -224,11 +260,8 @@ def _hugging_face(read: _Reader) -> dict[str, Any]:
         "swiglu_alpha": read.number("swiglu_alpha", 1.702),
         "swiglu_limit": read.number("swiglu_limit", 7.0),
     }
-    fields["layer_kinds"] = kinds = tuple(read("layer_types", _alternating(fields["num_layers"])))
-    if unknown := set(kinds) - set(get_args(LayerKind)):
-        raise ConfigError(
-            f"layer_types has {sorted(unknown)}", where=read.where, fix=f"known are {get_args(LayerKind)}"
-        )
+    fields["layer_kinds"] = read.layer_kinds(fields["num_layers"])
+    read.same("num_experts_per_tok", "experts_per_token", fields["experts_per_token"])
     if "rope_parameters" in read.left:  # transformers 5
         rope = read.nested("rope_parameters")
         fields["rope_theta"] = rope.number("rope_theta")
@@ -244,6 +277,7 @@ def _hugging_face(read: _Reader) -> dict[str, Any]:
         "original_context": rope.integer("original_max_position_embeddings"),
     }
     rope.refuse_leftovers()
+    read.same("initial_context_length", "original_max_position_embeddings", fields["original_context"])
     for key in _IGNORED:
         read.left.pop(key, None)
     return fields
@@ -264,7 +298,7 @@ def _original(read: _Reader) -> dict[str, Any]:
         "experts_per_token": read.integer("experts_per_token"),
         "vocab_size": read.integer("vocab_size"),
         "sliding_window": read.integer("sliding_window"),
-        "layer_kinds": _alternating(num_layers),
+        "layer_kinds": read.layer_kinds(num_layers),
         "max_context": int(original_context * rope_factor),
         "original_context": original_context,
         "rope_theta": read.number("rope_theta"),

@@ -6,7 +6,9 @@
         manifest.json    where the bytes came from, and a checksum of every parameter
 
 The manifest is written last, and a conversion under way lives in DIRECTORY.partial: a directory without a manifest is
-never taken for a checkpoint.
+never taken for a checkpoint, nor is one whose name ends in `.partial`.
+
+Each array is an uncompressed Zarr (version 2) folder, named by its path and cut into chunks where meshes cut it.
 """
 
 import dataclasses
@@ -22,6 +24,11 @@ PARAMETERS = "parameters"
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_PARTIAL = ".partial"
+# The most parts that a sensible mesh cuts each dim into; a shard then reads no byte of its neighbour.
+_MOST_PARTS = {"E": 32, "N": 8, "K": 8, "V": 128}
+_SMALL_BYTES = 1 << 18
+_ZARR_DTYPES = {"bfloat16": "bfloat16", "uint8": "|u1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +68,17 @@ class Manifest:
 def partial_directory(directory: Path) -> Path:
     """Where an unfinished conversion to `directory` lives."""
     resolved = directory.resolve()  # "." has no name of its own
-    return resolved.parent / f"{resolved.name}.partial"
+    return resolved.parent / f"{resolved.name}{_PARTIAL}"
+
+
+def is_partial(directory: Path) -> bool:
+    """Whether it is named as an unfinished conversion is."""
+    return directory.resolve().name.endswith(_PARTIAL)
 
 
 def is_converted(directory: Path) -> bool:
     """Whether it is a complete converted checkpoint."""
-    return (directory / MANIFEST).is_file()
+    return (directory / MANIFEST).is_file() and not is_partial(directory)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -82,7 +94,7 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads((directory / MANIFEST).read_text())
         version = content["format_version"]
         manifest = Manifest.from_json(content) if version == FORMAT_VERSION else None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as broken:
+    except (ValueError, KeyError, TypeError, RecursionError) as broken:
         raise CheckpointError(f"damaged manifest ({broken!r})", where=where, fix="convert again") from broken
     if manifest is None:
         raise CheckpointError(
@@ -104,9 +116,38 @@ def read_parameters(directory: Path) -> dict[str, Parameter]:
     return parameters(ModelConfig.read(directory / CONFIG))
 
 
+def chunk_shape(parameter: Parameter) -> tuple[int, ...]:
+    """How it is cut into chunks: where meshes cut it; a small parameter not at all."""
+    if parameter.num_bytes <= _SMALL_BYTES:
+        return parameter.shape
+    return tuple(
+        size // _largest_divisor(size, _MOST_PARTS.get(dim, 1))
+        for dim, size in zip(parameter.dims, parameter.shape, strict=True)
+    )
+
+
+def zarr_metadata(parameter: Parameter) -> dict[str, Any]:
+    """What the `.zarray` file of its folder holds."""
+    return {
+        "zarr_format": 2,
+        "shape": list(parameter.shape),
+        "chunks": list(chunk_shape(parameter)),
+        "dtype": _ZARR_DTYPES[parameter.dtype],
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+        "order": "C",
+        "dimension_separator": ".",
+    }
+
+
+def _largest_divisor(size: int, limit: int) -> int:
+    return next(parts for parts in range(min(size, limit), 0, -1) if size % parts == 0)
+
+
 def _not_a_checkpoint(directory: Path) -> CheckpointError:
     where = str(directory)
-    if directory.name.endswith(".partial") or partial_directory(directory).is_dir():
+    if (directory.is_dir() and is_partial(directory)) or partial_directory(directory).is_dir():
         return CheckpointError(
             "the conversion was interrupted", where=where, fix="finish it with gptoss-jax convert ... --resume"
         )

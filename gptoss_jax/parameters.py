@@ -8,12 +8,10 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import MX_BLOCK, ModelConfig
 
 StoredDtype = Literal["bfloat16", "uint8"]
 
-MX_BLOCK = 32
-"""Values that share one scale byte."""
 MX_BYTES = MX_BLOCK // 2
 """Bytes of one block: two 4-bit codes each."""
 

@@ -66,8 +66,12 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ShardingError unless the mesh has the three axes and divides the model."""
-    if mesh.axis_names != AXES:
-        raise ShardingError(f"mesh axes {mesh.axis_names}", where="mesh", fix=f"use make_mesh, whose axes are {AXES}")
+    if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise ShardingError(
+            f"mesh axes {mesh.axis_names} of {sorted({kind.name for kind in mesh.axis_types})} type",
+            where="mesh",
+            fix=f"use make_mesh, whose axes are {AXES}, all Explicit",
+        )
     model_devices = mesh.shape["expert"] * mesh.shape["tensor"]
     for what, size, axis, parts in (
         ("kv heads", config.num_kv_heads, "tensor", mesh.shape["tensor"]),
@@ -97,9 +101,9 @@ def place(rows: Any, mesh: Mesh) -> Any:
     return jax.device_put(rows, NamedSharding(mesh, P("data")))
 
 
-def replicate(values: Any, mesh: Mesh) -> Any:
-    """Put a pytree of host arrays whole on every device of the mesh."""
-    return jax.device_put(values, NamedSharding(mesh, P()))
+def split_rows(rows: Any) -> Any:
+    """`place` inside a traced function: split a pytree by row, whatever it was split over before."""
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P("data")), rows)
 
 
 def per_row(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +113,6 @@ def per_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(*args: Any) -> Any:
-        whole_rows = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P("data")), args)
-        return jax.shard_map(function, in_specs=P("data"), out_specs=P("data"), check_vma=False)(*whole_rows)
+        return jax.shard_map(function, in_specs=P("data"), out_specs=P("data"), check_vma=False)(*split_rows(args))
 
     return run

@@ -16,6 +16,7 @@ from convert.converter import convert
 from convert.synthetic import parameter_chunks, write_checkpoint
 from gptoss_jax.checkpoint import restore
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.manifest import is_converted
 from gptoss_jax.parameters import Parameter, parameters
 from tests.medium import MEDIUM, MEDIUM_MB
 from tests.tiny import TINY
@@ -126,7 +127,9 @@ def test_manifest_that_disagrees_with_the_config_is_refused(checkpoint: Path, tm
     refused(tmp_path, {}, r"disagree about 1 parameters, first norm\.scale")
 
 
-@pytest.mark.parametrize("damage", ["no chunk", "cut chunk", "no array"])
+@pytest.mark.parametrize(
+    "damage", ["no chunk", "cut chunk", "no array", "{", '{"dtype":"|u1"}', "[]", "[" * 100_000], ids=lambda d: d[:15]
+)
 def test_damaged_parameter_is_named(checkpoint: Path, tmp_path: Path, damage: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     path = "layers.1.router.weight"
@@ -135,10 +138,12 @@ def test_damaged_parameter_is_named(checkpoint: Path, tmp_path: Path, damage: st
         shutil.rmtree(array)
     elif damage == "no chunk":
         (array / "0.0").unlink()
-    else:
+    elif damage == "cut chunk":
         (array / "0.0").write_bytes(b"short")
+    else:
+        (array / ".zarray").write_text(damage)
     parameter = parameters(TINY)[path]
-    refused(copy, {path: on_one_device(parameter)}, rf"{path} is missing, or a chunk of it is.*--overwrite")
+    refused(copy, {path: on_one_device(parameter)}, rf"{path} is missing or damaged.*--overwrite")
     other = parameters(TINY)["norm.scale"]
     assert np.array_equal(restore(copy, {other.path: on_one_device(other)})[other.path], drawn(other))
 
@@ -148,6 +153,32 @@ def test_missing_orbax_metadata_is_named(checkpoint: Path, tmp_path: Path) -> No
     (copy / "parameters" / "_METADATA").unlink()
     parameter = parameters(TINY)["norm.scale"]
     refused(copy, {"norm.scale": on_one_device(parameter)}, "Orbax metadata is missing")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged Orbax metadata .*line 1"),
+        ("[]", "damaged Orbax metadata .*list indices"),
+        ('{"tree_metadata":{}}', r"damaged Orbax metadata \(norm\.scale is not in it\)"),
+        ('{"tree_metadata":{"a":{}}}', "damaged Orbax metadata .*key_metadata"),
+        (
+            '{"tree_metadata":{"a":{"key_metadata":[{"key":"norm"},{"key":"scale"}]}}}',
+            r"Orbax cannot restore it \('key_type'\)",
+        ),
+    ],
+)
+def test_damaged_orbax_metadata_is_named(checkpoint: Path, tmp_path: Path, content: str, message: str) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (copy / "parameters" / "_METADATA").write_text(content)
+    parameter = parameters(TINY)["norm.scale"]
+    refused(copy, {"norm.scale": on_one_device(parameter)}, message + ".*--overwrite")
+
+
+def test_complete_conversion_that_was_not_renamed_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "out.partial"))
+    refused(copy, {}, "interrupted.*--resume")
+    assert not is_converted(copy)
 
 
 def test_directory_can_be_named_by_a_dot(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

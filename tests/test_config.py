@@ -86,12 +86,20 @@ def test_truncated_yarn_is_refused():
         ({"num_layers": 3}, "4 layer kinds, 3 layers"),
         ({"num_kv_heads": 4}, "6 query heads, 4 kv heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"experts_per_token": 11}, "11 of 10 experts"),
+        ({"experts_per_token": 11, "num_experts_per_tok": 11}, "11 of 10 experts"),
         ({"hidden_size": 100}, "hidden_size 100 is no multiple"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"vocab_size": 1.5}, "vocab_size is 1.5, no integer"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', no number"),
-        ({"layer_kinds": ("linear",) * 4}, r"layer_types has \['linear'\]"),
+        ({"layer_kinds": ["linear"] * 4}, r"layer_types is \['linear', "),
+        ({"layer_kinds": 5}, "layer_types is 5"),
+        ({"layer_kinds": None}, "layer_types is None"),
+        ({"layer_kinds": [["a"]]}, r"layer_types is \[\['a'\]\]"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, no number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, no number"),
+        ({"vocab_size": 10**400}, "vocab_size is 10+, no integer"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, experts_per_token is 5"),
+        ({"initial_context_length": 8192}, "initial_context_length is 8192, original_max_position_embeddings is 4096"),
     ],
     ids=str,
 )
@@ -100,12 +108,30 @@ def test_an_impossible_architecture_is_refused(change, message):
     written = {
         "num_layers": "num_hidden_layers", "num_kv_heads": "num_key_value_heads", "layer_kinds": "layer_types",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_json(TINY.to_json() | {written.get(key, key): value for key, value in change.items()})
+    with pytest.raises(ConfigError, match=f"{message}.*: here/config.json: "):
+        ModelConfig.from_json(
+            TINY.to_json() | {written.get(key, key): value for key, value in change.items()}, where="here/config.json"
+        )
+
+
+def test_an_absurd_number_of_layers_costs_nothing():
+    for source in (ORIGINAL_20B, {key: value for key, value in PUBLISHED_20B.items() if key != "layer_types"}):
+        with pytest.raises(ConfigError, match=r"num_hidden_layers is 1000000000000: config\.json"):
+            ModelConfig.from_json(source | {"num_hidden_layers": 10**12})
+    with pytest.raises(ConfigError, match="24 layer kinds, 1000000000000 layers"):
+        ModelConfig.from_json(PUBLISHED_20B | {"num_hidden_layers": 10**12})
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no config.json"), ("{", "not JSON"), ("[1]", "not a JSON object")]
+    ("content", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("9" * 5000, "not JSON"),
+        ("[1]", "not a JSON object"),
+    ],
+    ids=range(5),
 )
 def test_an_unreadable_file_is_refused(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -2,8 +2,9 @@
 
 import pytest
 
-from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
-from gptoss_jax.parameters import num_active_parameters, num_parameters, parameters
+from gptoss_jax.config import MX_BLOCK, ModelConfig, gpt_oss_20b, gpt_oss_120b
+from gptoss_jax.parameters import MX_BYTES, num_active_parameters, num_parameters, parameters
+from pallas_kernels import mxfp4
 from tests.tiny import TINY
 
 
@@ -41,3 +42,7 @@ def test_contracted_dim_of_each_expert_matrix_is_blocked() -> None:
     assert tree["layers.3.experts.down.blocks"].shape == (10, 96, 2, 16)
     assert tree["layers.3.experts.down.scales"].shape == (10, 96, 2)
     assert tree["layers.3.attention.output.weight"].shape == (96, 6, 8)
+
+
+def test_block_is_that_of_the_kernels() -> None:
+    assert (MX_BLOCK, MX_BYTES) == (mxfp4.BLOCK, mxfp4.BLOCK_BYTES)

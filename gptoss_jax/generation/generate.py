@@ -15,7 +15,7 @@ from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, 
 from gptoss_jax.harmony.tokens import STOP_IDS
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, check_ids
-from gptoss_jax.sharding import place, replicate
+from gptoss_jax.sharding import place
 
 FinishReason = Literal["stop", "length"]
 
@@ -60,7 +60,7 @@ class Completion:
 
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     max_new_tokens: int,
@@ -102,7 +102,7 @@ def generate(
 
 def stream(
     model: Transformer,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | np.ndarray,
     sampling: Sampling | None = None,
     *,
     max_new_tokens: int,
@@ -119,8 +119,9 @@ def stream(
     steps = 1
     while run.running:
         began = time.perf_counter()
-        yield from run.more(steps)[0]
-        elapsed = time.perf_counter() - began
+        tokens = run.more(steps)[0]
+        elapsed = time.perf_counter() - began  # before yielding: what the caller does meanwhile is no measure
+        yield from tokens
         steps = min(2 * steps, _MAX_STREAM_STEPS) if elapsed < _STREAM_SECONDS else max(1, steps // 2)
 
 
@@ -130,7 +131,7 @@ class _Run:
     def __init__(
         self,
         model: Transformer,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         sampling: Sequence[Sampling],
         max_new_tokens: int,
         stop_ids: Sequence[int],
@@ -157,8 +158,10 @@ class _Run:
             mesh=model.mesh,
         )
         logits, self._cache = _read(model, cache, prompts)
-        self._stops = replicate(np.array(sorted(self._stop_ids) or [-1], np.int32), model.mesh)
-        remaining, settings = place((np.pad(remaining, (0, padding)), settings), model.mesh)
+        # An id outside the vocabulary stops nothing; -1 stands for none, since an empty array is another shape.
+        stops = [stop for stop in sorted(self._stop_ids) if 0 <= stop < model.config.vocab_size]
+        self._stops = np.array(stops or [-1], np.int32)
+        remaining = np.pad(remaining, (0, padding))
         self._rows, chosen = start(model, logits, remaining, settings, self._stops, num_top=top_logprobs)
         self.first = self._tokens(chosen)
 
@@ -187,7 +190,7 @@ class _Run:
         return tokens
 
 
-def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Cache]:
+def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:
     """Read ragged prompts chunk by chunk; returns the logits after each row's last token.
 
     Chunks are PREFILL_CHUNK long, the last one a power of two: few shapes, so few compilations.
@@ -215,16 +218,17 @@ def _round_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, top_logprobs: int) -> None:
+def _check(
+    model: Transformer, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, top_logprobs: int
+) -> None:
     context = model.config.max_context
     if max_new_tokens < 1:
         raise SamplingError(f"max_new_tokens is {max_new_tokens}", where="generate", fix="ask for 1 or more")
-    if not 0 <= top_logprobs <= _MAX_TOP_LOGPROBS:
-        raise SamplingError(f"top_logprobs is {top_logprobs}", where="generate", fix=f"choose 0 to {_MAX_TOP_LOGPROBS}")
+    most = min(_MAX_TOP_LOGPROBS, model.config.vocab_size)
+    if not 0 <= top_logprobs <= most:
+        raise SamplingError(f"top_logprobs is {top_logprobs}", where="generate", fix=f"choose 0 to {most}")
     for index, prompt in enumerate(prompts):
         where = f"prompt {index}"
-        if not len(prompt):
-            raise PromptError("no tokens", where=where, fix="give at least one token")
-        if len(prompt) > context:
-            raise PromptError(f"{len(prompt)} tokens", where=where, fix=f"the context is {context} tokens; shorten it")
-        check_ids(np.asarray(prompt), model.config.vocab_size, where=where)
+        num_tokens = check_ids(prompt, ndim=1, vocab_size=model.config.vocab_size, where=where).size
+        if num_tokens > context:
+            raise PromptError(f"{num_tokens} tokens", where=where, fix=f"the context is {context} tokens; shorten it")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from gptoss_jax.errors import SamplingError
 
 _MAX_SEED = 2**32 - 1
+_MAX_TOP_K = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, holds, legal in (
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_k", 0 <= self.top_k <= _MAX_TOP_K, f"0 to {_MAX_TOP_K}"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("seed", self.seed is None or 0 <= self.seed <= _MAX_SEED, f"0 to {_MAX_SEED}, or None"),
@@ -102,7 +103,8 @@ def _kept(scaled: Float[Array, "B V"], rows: SamplingRows) -> Bool[Array, "B V"]
     in_top_k = (rows.top_k[:, None] == 0) | (rank < rows.top_k[:, None])
     probability = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
     share_before = jnp.cumsum(probability, axis=-1) - probability
-    in_top_p = (share_before < rows.top_p[:, None]) | (rank == 0)
+    # Over a large vocabulary the float32 sum reaches 1 before the end: a top_p of 1 must cut nothing all the same.
+    in_top_p = (share_before < rows.top_p[:, None]) | (rank == 0) | (rows.top_p[:, None] >= 1)
     in_min_p = probability >= rows.min_p[:, None] * probability[:, :1]
     kept = in_top_k & in_top_p & in_min_p
     return jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)

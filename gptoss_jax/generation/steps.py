@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.errors import CacheError
 from gptoss_jax.generation.sampling import SamplingRows, sample
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, ambient_mesh
-from gptoss_jax.sharding import activation, per_row
+from gptoss_jax.sharding import activation, per_row, split_rows
 
 DECODE_BUFFER = 256
 """The most tokens one dispatch of `decode` can return per row."""
@@ -55,10 +56,17 @@ def prefill(
     """Read the first `counts[b]` of each row's tokens after what the cache holds; the rest of the row is padding.
 
     Returns the logits that follow each row's last token (of no meaning where the count is 0) and the cache, whose
-    buffers are those of the one passed in. The caller keeps to `cache.max_chunk` tokens a call and to the cache's
-    length: neither can be checked here.
+    buffers are those of the one passed in. Raises CacheError for more than `cache.max_chunk` tokens. That a row
+    stays within the length the cache was made for is up to the caller: lengths are not known when this is traced.
     """
+    if tokens.shape[1] > cache.max_chunk:
+        raise CacheError(
+            f"a chunk of {tokens.shape[1]} tokens",
+            where=f"a cache made for chunks of {cache.max_chunk}",
+            fix="read the prompt in several chunks, or make the cache with a larger max_chunk",
+        )
     with ambient_mesh(model.mesh):
+        tokens, counts = split_rows((tokens, counts))
         hidden, cache = model.advance(tokens, counts, cache)
         return model.unembedding(per_row(_last_token)(hidden, counts))[:, 0], cache
 
@@ -71,10 +79,11 @@ def start(
     sampling: SamplingRows,
     stop_ids: Int[Array, " stops"],
     *,
-    num_top: int,
+    num_top: int = 0,
 ) -> tuple[Rows, Chosen]:
     """Choose each row's first token from the logits of its prompt; rows with nothing remaining choose none."""
     with ambient_mesh(model.mesh):
+        remaining, sampling = split_rows((remaining, sampling))
         rows = Rows(last=remaining, drawn=jnp.zeros_like(remaining), remaining=remaining, sampling=sampling)
         chosen = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
         return _after_choice(rows, chosen, stop_ids), chosen
@@ -88,7 +97,7 @@ def decode(
     stop_ids: Int[Array, " stops"],
     limit: Int[Array, ""] | int,
     *,
-    num_top: int,
+    num_top: int = 0,
 ) -> tuple[Rows, Chosen, Cache]:
     """Choose up to `limit` (at most DECODE_BUFFER) tokens per row without leaving the device.
 

@@ -10,5 +10,5 @@ END = 200007
 MESSAGE = 200008
 CALL = 200012
 
-STOP_IDS = (RETURN, CALL)
-"""Where an assistant's turn ends: an answer is complete, or a tool is called."""
+STOP_IDS = (RETURN, CALL, END_OF_TEXT)
+"""Where an assistant's turn ends: an answer is complete, a tool is called, or (outside the format) a text is over."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import LayerKind, ModelConfig
@@ -20,7 +21,7 @@ from gptoss_jax.model.cache import Cache, Step
 from gptoss_jax.model.experts import Experts, route
 from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
 from gptoss_jax.model.rope import rotations
-from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, place
+from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, split_rows
 from pallas_kernels.dispatch import Impl
 
 
@@ -71,7 +72,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.unembedding = Unembedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"] | np.ndarray) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: ArrayLike | Sequence[Sequence[int]]) -> Float[Array, "B T V"]:
         """The logits that follow each token, in float32, each row read from its beginning, without a cache.
 
         They are split by row alone: each device holds the whole vocabulary of its rows.
@@ -87,14 +88,14 @@ class Transformer(nnx.Module):
             >>> build(small)(jnp.array([[1, 2, 3]])).shape
             (1, 3, 201088)
         """
-        check_batch(tokens.shape[0], self.mesh)
-        if tokens.shape[1] > self.config.max_context:
-            raise PromptError(
-                f"{tokens.shape[1]} tokens", where="prompt", fix=f"the context is {self.config.max_context} tokens"
-            )
         if not isinstance(tokens, Tracer):
-            check_ids(np.asarray(tokens), self.config.vocab_size, where="tokens")
-            tokens = place(tokens, self.mesh)
+            tokens = check_ids(tokens, ndim=2, vocab_size=self.config.vocab_size, where="tokens")
+        batch, num_tokens = tokens.shape
+        check_batch(batch, self.mesh)
+        if num_tokens > self.config.max_context:
+            raise PromptError(
+                f"{num_tokens} tokens", where="prompt", fix=f"the context is {self.config.max_context} tokens"
+            )
         return _logits(self, tokens)
 
     def advance(
@@ -130,6 +131,7 @@ def ambient_mesh(mesh: Mesh) -> Iterator[None]:
 @jax.jit
 def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     with ambient_mesh(model.mesh):
+        tokens = split_rows(tokens)
         batch, num_tokens = tokens.shape
         cache = Cache.create(model.config, batch=batch, max_length=num_tokens, max_chunk=num_tokens, dtype=model.dtype)
         counts = jnp.full((batch,), num_tokens, jnp.int32)
@@ -137,16 +139,27 @@ def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T 
         return jax.sharding.reshard(model.unembedding(hidden), activation("B T D"))
 
 
-def check_ids(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
-    """Raise PromptError, naming the first place, if an id is outside the vocabulary."""
-    outside = (tokens < 0) | (tokens >= vocab_size)
+def check_ids(ids: ArrayLike | Sequence[Any], *, ndim: int, vocab_size: int, where: str) -> np.ndarray:
+    """The ids as an int32 array; raises PromptError unless they are integers of the vocabulary in `ndim` dims."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as ragged:
+        raise PromptError("rows of different lengths", where=where, fix="pad them, or use generate") from ragged
+    if array.ndim == ndim and array.size == 0:
+        raise PromptError("no tokens", where=where, fix="give at least one token")
+    if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
+        raise PromptError(
+            f"{array.dtype} values of shape {array.shape}", where=where, fix=f"give integer ids in {ndim} dim(s)"
+        )
+    outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         index = tuple(int(part) for part in np.argwhere(outside)[0])
         raise PromptError(
-            f"token id {tokens[index]} at {index}",
+            f"token id {array[index]} at {index}",
             where=where,
             fix=f"ids of this model's vocabulary are 0 to {vocab_size - 1}",
         )
+    return array.astype(np.int32)
 
 
 def build(

@@ -28,6 +28,8 @@ def experts(
     nothing.
     """
     num_tokens, per_token = expert_ids.shape
+    if num_tokens == 0:
+        return x
     num_experts = weights.num_experts
     num_pairs = num_tokens * per_token
     ids_M = expert_ids.reshape(-1)

@@ -41,6 +41,22 @@ def test_what_the_system_refuses_is_one_line(published: Path, capsys: pytest.Cap
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("bug", [FileNotFoundError("no such thing"), OSError(5, "Input/output error")])
+def test_system_error_about_no_file_is_a_traceback(bug: OSError) -> None:
+    def fail(options: argparse.Namespace) -> int:
+        raise bug
+
+    with pytest.raises(OSError, match=str(bug.args[-1])):
+        run_guarded(fail, argparse.Namespace())
+
+
+def test_usage_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["source", "destination", "--bogus"])
+    message = capsys.readouterr().err
+    assert message == ("gptoss-jax: unrecognized arguments: --bogus: python -m convert: see python -m convert --help\n")
+
+
 def test_interruption_is_no_traceback(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,22 +1,25 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from convert.inspect import _report, cache_size, inspect
+from convert.inspect import _report, cache_bytes, inspect
 from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
 from gptoss_jax.errors import CheckpointError
 from tests.tiny import TINY
 
 
-@pytest.mark.parametrize(
-    ("config", "bytes_per_token", "fixed"),
-    [(gpt_oss_20b(), 24_576, 24_576 * 128), (gpt_oss_120b(), 36_864, 36_864 * 128)],
-)
-def test_cache_sizes_are_the_published_ones(config: ModelConfig, bytes_per_token: int, fixed: int) -> None:
-    cache = cache_size(config)
-    assert (cache.bytes_per_token, cache.fixed_bytes) == (bytes_per_token, fixed)
-    assert cache.num_bytes(1000) == 1000 * bytes_per_token + fixed
+@pytest.mark.parametrize(("config", "bytes_per_token"), [(gpt_oss_20b(), 24_576), (gpt_oss_120b(), 36_864)])
+def test_cache_is_the_published_bytes_a_token_and_a_ring(config: ModelConfig, bytes_per_token: int) -> None:
+    # A sliding layer's ring: 11 pages of 64 slots hold the window of 128 and a chunk of 512.
+    expected = {length: bytes_per_token * (length + 11 * 64) for length in (4096, 32768, 131072)}
+    assert cache_bytes(config) == expected
+
+
+def test_contexts_end_with_the_models() -> None:
+    assert list(cache_bytes(dataclasses.replace(TINY, max_context=40_000))) == [4096, 32768]
+    assert list(cache_bytes(dataclasses.replace(TINY, max_context=100))) == [100]
 
 
 def test_figures_of_20b() -> None:
@@ -36,8 +39,8 @@ def test_figures_of_20b() -> None:
 
 def test_what_fits_where() -> None:
     small, large = (_report("here", "published", config, ()) for config in (gpt_oss_20b(), gpt_oss_120b()))
-    # 16 GB less a tenth leaves 638.7 MB beside 20b; a sequence of 4096 takes 103.8 MB, one of 131072 3.2 GB.
-    assert [small.sequences(16, context) for context in (4096, 131072)] == [6, 0]
+    # 16 GB less a tenth leaves 638.7 MB beside 20b; a sequence of 4096 takes 118.0 MB, one of 131072 3.2 GB.
+    assert [small.sequences(16, context) for context in (4096, 131072)] == [5, 0]
     assert [large.sequences(memory, 131072) for memory in (48, 80, 141)] == [-1, 1, 12]
     assert "weights do not fit" in str(large)
 
@@ -60,16 +63,24 @@ def test_report_can_be_read_by_programs(converted: Path) -> None:
     report = json.loads(json.dumps(inspect(converted).to_json()))
     assert report["num_parameters"] == 825_824
     assert ModelConfig.from_json(report["config"]) == TINY
-    assert {"memory_gb": 80, "context": 4096, "sequences": 137_093} in report["fits"]
+    assert {"memory_gb": 80, "context": 4096, "sequences": 118_770} in report["fits"]
 
 
 def test_report_reads_as_tables(converted: Path) -> None:
     text = str(inspect(converted))
     assert "parameters 825,824, active for one token 440,224" in text
     assert "bytes 568,768: bfloat16 177.09 kB" in text
+    assert "converted from 2 files: model-00000-of-00001.safetensors, " in text
+    assert "cache of one sequence: " in text
+
+
+def test_hub_is_not_downloaded_to_be_inspected() -> None:
+    with pytest.raises(CheckpointError, match=r"hf://openai/gpt-oss-20b: run gptoss-jax convert"):
+        inspect("hf://openai/gpt-oss-20b")
 
 
 def test_unfinished_conversion_is_named(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(CheckpointError, match="interrupted"):
-        inspect(tmp_path / "out")
+    for name in ("out", "out.partial"):
+        with pytest.raises(CheckpointError, match="interrupted"):
+            inspect(tmp_path / name)

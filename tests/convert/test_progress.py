@@ -21,10 +21,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("clock")
 def test_terminal_gets_one_rewritten_line() -> None:
     stream = Terminal()
-    progress = Progress("converted", 8_000_000, stream)
-    for _ in range(4):
-        progress.add(2_000_000)
-    progress.close()
+    with Progress("converted", 8_000_000, stream) as progress:
+        for _ in range(4):
+            progress.add(2_000_000)
     text = stream.getvalue()
     assert text.count("\n") == 1
     assert text.count("\r") == 5
@@ -32,12 +31,25 @@ def test_terminal_gets_one_rewritten_line() -> None:
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("stream", "end"), [(Terminal(), "\n"), (io.StringIO(), "")])
+def test_message_of_an_error_starts_a_line(stream: io.StringIO, end: str) -> None:
+    def stop() -> None:
+        with Progress("converted", 8_000_000, stream) as progress:
+            progress.add(2_000_000)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert stream.getvalue().endswith(end)
+    assert stream.getvalue().count("\n") == len(end)
+
+
+@pytest.mark.usefixtures("clock")
 def test_file_gets_a_plain_line_now_and_then() -> None:
     stream = io.StringIO()
-    progress = Progress("verified", 8_000_000, stream)
-    for _ in range(4):
-        progress.add(2_000_000)
-    progress.close()
+    with Progress("verified", 8_000_000, stream) as progress:
+        for _ in range(4):
+            progress.add(2_000_000)
     assert "\r" not in stream.getvalue()
     assert stream.getvalue().count("\n") == 2
 
@@ -45,16 +57,14 @@ def test_file_gets_a_plain_line_now_and_then() -> None:
 @pytest.mark.usefixtures("clock")
 def test_bytes_of_an_earlier_run_do_not_count_for_the_rate() -> None:
     stream = io.StringIO()
-    progress = Progress("converted", 10_000_000, stream)
-    progress.skip(6_000_000)
-    progress.close()
+    with Progress("converted", 10_000_000, stream) as progress:
+        progress.skip(6_000_000)
     assert stream.getvalue() == "converted 6.00 MB of 10.00 MB (60%), 0 bytes/s\n"
 
 
 def test_without_a_stream_it_only_counts() -> None:
-    progress = Progress("converted", 10, None)
-    progress.add(10)
-    progress.close()
+    with Progress("converted", 10, None) as progress:
+        progress.add(10)
     assert progress.done == 10
 
 

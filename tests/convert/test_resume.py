@@ -1,5 +1,6 @@
 """A conversion that stops, by a crash, a full disk or the user, is never complete and can go on."""
 
+import io
 import os
 import resource
 import shutil
@@ -91,6 +92,30 @@ def test_interrupted_conversion_is_not_started_over_unasked(pristine: Path, inte
         run(pristine / "hf", interrupted)
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+def test_directory_that_no_conversion_made_is_spared(pristine: Path, tmp_path: Path, name: str, option: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("dear reader")
+    with pytest.raises(ConversionError, match=rf"{name}: move it"):
+        run(pristine / "hf", tmp_path / "out", **{option: True})
+    assert [file.name for file in tmp_path.rglob("*")] == [name, "thesis.txt"]
+
+
+def test_conversion_to_the_name_of_an_interrupted_one_is_refused(pristine: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="the name of an interrupted conversion"):
+        run(pristine / "hf", tmp_path / "out.partial")
+
+
+def test_resume_shows_what_it_checks(pristine: Path, interrupted: Path) -> None:
+    stream = io.StringIO()
+    convert(pristine / "hf", interrupted, resume=True, progress=stream)
+    checked, converted = stream.getvalue().splitlines()
+    assert checked.startswith("checked ")
+    assert "(100%)" in checked
+    assert converted.startswith("converted 568.77 kB of 568.77 kB (100%)")
+
+
 def test_overwrite_starts_an_interrupted_conversion_over(pristine: Path, interrupted: Path, written: list[str]) -> None:
     run(pristine / "hf", interrupted, overwrite=True)
     assert len(written) == 79
@@ -136,6 +161,8 @@ def test_interruption_of_the_last_steps_can_be_resumed(
         with pytest.raises(KeyboardInterrupt):
             run(pristine / "hf", destination)
     assert not destination.exists()
+    with pytest.raises(CheckpointError, match="interrupted"):
+        read_manifest(partial_directory(destination))
     manifest = run(pristine / "hf", destination, resume=True)
     assert manifest.sha256 == read_manifest(converted).sha256
     assert len(written) == 79, "nothing was written twice"
@@ -172,7 +199,6 @@ def test_directory_that_cannot_be_written_is_named(pristine: Path, tmp_path: Pat
 
 def test_crash_between_replacing_and_cleaning_up_is_forgotten(pristine: Path, tmp_path: Path) -> None:
     run(pristine / "hf", tmp_path / "out")
-    (tmp_path / "out.replaced").mkdir()
-    (tmp_path / "out.replaced" / "old").write_text("left over")
+    shutil.copytree(tmp_path / "out", tmp_path / "out.replaced")
     run(pristine / "hf", tmp_path / "out", overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]

@@ -70,6 +70,13 @@ def test_header_with_an_infinite_shape_is_named(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_header_nested_without_end_is_named(tmp_path: Path) -> None:
+    header = b"[" * 100_000
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="damaged header"):
+        open_folder(tmp_path)
+
+
 def test_tensor_the_index_names_but_no_file_holds_is_named(published: Path) -> None:
     edit_index(published, "model.layers.9.ghost", "model-00000-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.layers\.9\.ghost is not in model-00000"):

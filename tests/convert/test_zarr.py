@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.zarr import ArrayWriter, chunk_shape, open_array, read_chunk_rows, read_rows
+from convert.zarr import ArrayWriter, open_array, read_chunk_rows, read_rows
 from gptoss_jax.config import gpt_oss_20b, gpt_oss_120b
+from gptoss_jax.manifest import chunk_shape
 from gptoss_jax.parameters import Parameter, parameters
 
 

@@ -145,8 +145,10 @@ def test_bfloat16_generates():
         ([[0] * (TINY.max_context + 1)], "131073 tokens: prompt 0: the context is 131072 tokens"),
         ([[1], [5, 130]], r"token id 130 at \(1,\): prompt 1: ids of this model's vocabulary are 0 to 129"),
         ([[-1]], r"token id -1 at \(0,\): prompt 0"),
+        ([np.array([[1]])], r"int64 values of shape \(1, 1\): prompt 0: give integer ids in 1 dim"),
+        ([np.array([1.9])], r"float64 values of shape \(1,\): prompt 0: give integer ids in 1 dim"),
     ],
-    ids=["empty", "too long", "over the vocabulary", "negative"],
+    ids=["empty", "too long", "over the vocabulary", "negative", "two dims", "no integers"],
 )
 def test_bad_prompts_are_refused(tiny_model, prompts, message):
     with pytest.raises(PromptError, match=message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.errors import SamplingError
-from gptoss_jax.generation.sampling import Sampling, SamplingRows, sample
+from gptoss_jax.generation.sampling import Sampling, SamplingRows, _kept, sample
 
 VOCAB = 12
 PROBABILITIES = np.array([0.4, 0.2, 0.12, 0.1, 0.08, 0.05, 0.02, 0.01, 0.01, 0.005, 0.003, 0.002])
@@ -70,6 +70,12 @@ def test_rows_of_one_batch_keep_to_their_own_settings():
     assert together[1] == 0
 
 
+def test_a_row_without_cut_offs_keeps_every_token_beside_one_with_them():
+    logits = jnp.array(np.random.default_rng(0).normal(size=(2, 200_000)) * 6, jnp.float32)
+    rows = jax.tree.map(jnp.asarray, SamplingRows.of([Sampling(seed=1), Sampling(top_k=5, seed=1)]))
+    assert _kept(logits, rows).sum(axis=-1).tolist() == [200_000, 5]
+
+
 def test_a_missing_seed_is_drawn_anew():
     first, second = (SamplingRows.of([Sampling()] * 4).seed for _ in range(2))
     assert set(first) != set(second)
@@ -80,7 +86,8 @@ def test_a_missing_seed_is_drawn_anew():
     [
         ({"temperature": -1.0}, "0 or more"),
         ({"temperature": float("nan")}, "0 or more"),
-        ({"top_k": -1}, "0 or more"),
+        ({"top_k": -1}, "0 to 2147483647"),
+        ({"top_k": 2**40}, "0 to 2147483647"),
         ({"top_p": 0.0}, "above 0, at most 1"),
         ({"min_p": 1.5}, "0 to 1"),
         ({"seed": -1}, "0 to 4294967295, or None"),

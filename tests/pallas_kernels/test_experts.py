@@ -50,7 +50,7 @@ def random_case(num_tokens: int, *, seed: int, choices=range(E)):
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 64, 300])
 def test_equals_the_direct_computation(num_tokens, impl):
     x, weights, ids, routing = random_case(num_tokens, seed=num_tokens)
     found = experts(x, weights, ids, routing, alpha=ALPHA, limit=LIMIT, impl=impl)

@@ -1,0 +1,19 @@
+"""The README's Python example runs as it stands, on the demo checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import gptoss_jax.demo
+
+
+@pytest.mark.slow
+def test_python_example_runs(demo_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(gptoss_jax.demo, "make_checkpoint", lambda: demo_checkpoint)
+    readme = Path(__file__).parent.parent / "README.md"
+    [example] = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, len(names["ids"]), 201088)
+    assert "Done(" in capsys.readouterr().out
