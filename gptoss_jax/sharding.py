@@ -29,7 +29,7 @@ def spec(dims: str, axes: Axes) -> P:
 
     Example:
         >>> spec("N H D", WEIGHT_AXES)
-        PartitionSpec('tensor', None, None)
+        P('tensor', None, None)
     """
     return P(*(axes.get(dim) for dim in dims.split()))
 

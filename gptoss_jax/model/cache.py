@@ -49,8 +49,8 @@ class Cache:
     Example:
         >>> from gptoss_jax.config import gpt_oss_20b
         >>> cache = jax.eval_shape(lambda: Cache.create(gpt_oss_20b(), batch=1, max_length=131072))
-        >>> round(cache.nbytes / 2**20)  # 3072 MiB of full layers, 16.5 MiB of sliding layers
-        3089
+        >>> cache.nbytes / 2**20  # MiB: 3072 of full layers, 16.5 of sliding layers
+        3088.5
     """
 
     keys: tuple[Any, ...]

@@ -70,8 +70,9 @@ def swiglu(gate_up: Float[Array, "m pairs"], *, alpha: float, limit: float) -> F
     The gate is clamped from above only, and 1 is added to the up branch.
 
     Example:
-        >>> swiglu(jnp.array([[1.0, 0.0, 10.0, 10.0]]), alpha=1.702, limit=7.0).round(3).tolist()
-        [[0.8460000157356262, 56.0]]
+        >>> activated = swiglu(jnp.array([[1.0, 0.0, 10.0, 10.0]]), alpha=1.702, limit=7.0)
+        >>> [round(value, 3) for value in activated[0].tolist()]
+        [0.846, 56.0]
     """
     gate = jnp.minimum(gate_up[..., 0::2], limit)
     up = jnp.clip(gate_up[..., 1::2], -limit, limit)
