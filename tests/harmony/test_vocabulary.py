@@ -76,7 +76,10 @@ def test_missing_package_is_named(cache, monkeypatch):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"IQ== 0\n"), b"not gzip", gzip.compress(b"IQ== 0\n")[:12]])
+GZIPPED = gzip.compress(b"IQ== 0\n")
+
+
+@pytest.mark.parametrize("content", [GZIPPED, b"not gzip", GZIPPED[:12]], ids=["another", "no gzip", "cut short"])
 def test_package_with_another_vocabulary_is_refused(cache, monkeypatch, tmp_path, content):
     class Installed:
         def locate_file(self, path):
