@@ -3,11 +3,11 @@
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-Impl = Literal["auto", "reference"]
+Impl = Literal["auto", "reference", "hopper"]
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,16 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def choose[Backend: Callable](kernel: str, backends: Mapping[str, Backend], impl: str) -> Backend:
+def choose(kernel: str, backends: Mapping[str, Callable[..., Any]], impl: str) -> Callable[..., Any]:
     """The backend that `impl` names, or for "auto" the platform's.
 
-    `backends` maps each implementation and each platform to a function, and always has "reference". A platform
-    without a kernel of its own gets the reference, with a warning: never silently.
+    `backends` maps each implementation and each platform to a function, and always has "reference". A named
+    implementation runs or raises Unsupported. Under "auto" the reference stands in, with a warning, where the
+    platform has no kernel of its own or its kernel does not support the arguments: never silently.
+
+    Example:
+        >>> choose("double", {"reference": lambda x: 2 * x}, "reference")(4)
+        8
     """
     if impl != "auto":
         if impl not in backends:
@@ -41,11 +46,19 @@ def choose[Backend: Callable](kernel: str, backends: Mapping[str, Backend], impl
         return backends[impl]
     current = platform()
     if current not in backends:
-        _warn_once(kernel, current)
+        _warn_once(kernel, f"no kernel for platform {current!r} yet")
         return backends["reference"]
-    return backends[current]
+
+    def backend_or_reference(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return backends[current](*args, **kwargs)
+        except Unsupported as unsupported:
+            _warn_once(kernel, str(unsupported))
+        return backends["reference"](*args, **kwargs)
+
+    return backend_or_reference
 
 
 @functools.cache
-def _warn_once(kernel: str, current: str) -> None:
-    log.warning("%s: no kernel for platform %r yet, running the slow reference", kernel, current)
+def _warn_once(kernel: str, why: str) -> None:
+    log.warning("%s: %s: running the slow reference", kernel, why)

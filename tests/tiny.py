@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
+from pallas_kernels.dispatch import Impl
 
 TINY = ModelConfig(
     num_layers=4,
@@ -33,20 +34,30 @@ TINY = ModelConfig(
 
 
 def random_model(
-    config: ModelConfig = TINY, *, mesh: Mesh | None = None, dtype=jnp.float32, seed: int = 0
+    config: ModelConfig = TINY,
+    *,
+    mesh: Mesh | None = None,
+    dtype=jnp.float32,
+    seed: int = 0,
+    spread: float = 0.1,
+    scale_bytes: tuple[int, int] = (118, 123),
+    impl: Impl = "auto",
 ) -> Transformer:
-    """A model with NumPy's random weights: the same on every mesh and in every dtype, and nothing to compile."""
+    """A model with NumPy's random weights: the same on every mesh and in every dtype, and nothing to compile.
+
+    `spread` is the matrices' standard deviation, `scale_bytes` the experts' (the second left out).
+    """
     random = np.random.default_rng(seed)
-    model = abstract(config, mesh=mesh, dtype=dtype)
+    model = abstract(config, mesh=mesh, dtype=dtype, impl=impl)
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
         if path.endswith("blocks"):
             return random.integers(0, 256, shape, np.uint8)
         if path.endswith("scales"):
-            return random.integers(118, 123, shape, np.uint8)
+            return random.integers(*scale_bytes, shape, np.uint8)
         if path.endswith("norm.scale"):
             return 1 + 0.1 * random.normal(size=shape)
-        return random.normal(size=shape) * (1.0 if len(shape) == 1 or "embedding" in path else 0.1)
+        return random.normal(size=shape) * (1.0 if len(shape) == 1 or "embedding" in path else spread)
 
     arrays = {
         path: jax.device_put(draw(path, leaf.shape).astype(leaf.dtype), leaf.sharding)

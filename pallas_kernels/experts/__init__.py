@@ -3,17 +3,29 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
-from pallas_kernels.experts import reference
+from pallas_kernels.experts import hopper, hopper_layout, reference
+from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.weights import ExpertWeights
 
-__all__ = ["ExpertWeights", "experts"]
+__all__ = ["ExpertWeights", "HopperExperts", "experts", "prepare"]
 
-BACKENDS = {"reference": reference.experts, "cpu": reference.experts}
+BACKENDS = {
+    "reference": reference.experts,
+    "cpu": reference.experts,
+    "hopper": hopper.experts,
+    "gpu": hopper.experts,
+}
+PREPARE = {
+    "reference": lambda weights: weights,
+    "cpu": lambda weights: weights,
+    "hopper": hopper_layout.pack,
+    "gpu": hopper_layout.pack,
+}
 
 
 def experts(
     x: Float[Array, "T D"],
-    weights: ExpertWeights,
+    weights: ExpertWeights | HopperExperts,
     expert_ids: Int[Array, "T A"],
     routing: Float[Array, "T A"],
     *,
@@ -27,9 +39,20 @@ def experts(
     (openai/gpt-oss gpt_oss/torch/model.py, MLPBlock). Ids outside 0..E-1 contribute nothing, whatever their routing
     weight: so a device that holds some of the experts passes ids relative to its own and the parts are summed.
     Products accumulate in float32; the result has x's dtype. Only the chosen experts' bytes are read, and no more
-    than one expert is dequantized at a time. Local arrays: call inside shard_map.
+    than one expert is dequantized at a time. `weights` are what `prepare` made for the same `impl`. Local arrays:
+    call inside shard_map.
 
     Raises Unsupported if the named implementation cannot run these arguments.
     """
     run = choose("experts", BACKENDS, impl)
     return run(x, weights, expert_ids, routing, alpha=alpha, limit=limit)
+
+
+def prepare(weights: ExpertWeights, *, impl: Impl = "auto") -> ExpertWeights | HopperExperts:
+    """The same experts with their bytes in the order that the implementation's kernels read.
+
+    As many bytes as before, but for biases in float32. Pure, local arrays: call under jit, inside shard_map.
+
+    Raises Unsupported if the named implementation cannot take these weights.
+    """
+    return choose("experts", PREPARE, impl)(weights)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts.weights import ExpertWeights
 from pallas_kernels.mxfp4 import BLOCK_BYTES, MXFP4, code_to_float, scale_to_float
 
@@ -27,6 +28,8 @@ def experts(
     expert, a few rows at a time, and multiplies its tokens; tiles left over are skipped, so absent experts cost
     nothing.
     """
+    if not isinstance(weights, ExpertWeights):
+        raise Unsupported(f"experts: the reference reads weights as published, these are {type(weights).__name__}")
     num_tokens, per_token = expert_ids.shape
     if num_tokens == 0:
         return x

@@ -1,0 +1,29 @@
+"""The expert layer on Hopper GPUs: which of its two forms runs."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.experts import hopper_decode, hopper_prefill
+from pallas_kernels.experts.hopper_layout import HopperExperts
+from pallas_kernels.experts.weights import ExpertWeights
+
+MAX_DECODE_ROWS = 8
+"""Rows an expert gets on average up to which weights are streamed through registers; beyond, rows are grouped by
+expert for the tensor cores (docs/performance.md has the times of both)."""
+
+
+def experts(
+    x: Float[Array, "T D"],
+    weights: ExpertWeights | HopperExperts,
+    expert_ids: Int[Array, "T A"],
+    routing: Float[Array, "T A"],
+    *,
+    alpha: float,
+    limit: float,
+) -> Float[Array, "T D"]:
+    """See `pallas_kernels.experts.experts`; the weights as `prepare` made them."""
+    if not isinstance(weights, HopperExperts):
+        raise Unsupported("experts: the Hopper kernels read weights that prepare() has rearranged, not as published")
+    few = x.shape[0] <= hopper_decode.MAX_TOKENS and expert_ids.size <= MAX_DECODE_ROWS * weights.num_experts
+    form = hopper_decode if few else hopper_prefill
+    return form.experts(x, weights, expert_ids, routing, alpha=alpha, limit=limit)

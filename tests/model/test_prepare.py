@@ -1,0 +1,61 @@
+"""Weights put in a backend's own order: the same numbers, in place, a layer at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.model.transformer import abstract, leaves, prepare
+from gptoss_jax.sharding import make_mesh
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.experts import ExpertWeights, HopperExperts, hopper_layout
+from pallas_kernels.experts.hopper_layout import ScaleTooLarge
+from tests.tiny import TINY, random_model
+
+TILED = dataclasses.replace(TINY, hidden_size=128, num_experts=8, vocab_size=136)
+"""A tiny model whose widths are multiples of the Hopper kernels' tiles."""
+
+
+@pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}], ids=["one device", "four devices"])
+def test_prepared_weights_are_packed_in_place(axes):
+    model = random_model(TILED, mesh=make_mesh(**axes), dtype=jnp.bfloat16, impl="hopper")
+    published = [layer.experts.weights for layer in model.layers]
+    assert all(isinstance(weights, ExpertWeights) for weights in published)
+    expected = hopper_layout.pack(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), published[0]))
+
+    assert prepare(model) is model
+    for layer, before in zip(model.layers, published, strict=True):
+        assert isinstance(layer.experts.weights, HopperExperts)
+        assert before.gate_up.blocks.is_deleted()
+        assert before.down_bias.is_deleted()
+    found = model.layers[0].experts.weights
+    for field in dataclasses.fields(HopperExperts):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+    assert found.gate_up_words.sharding.num_devices == model.mesh.size
+    assert prepare(model).layers[0].experts.weights.gate_up_words is found.gate_up_words
+
+
+def test_the_cpu_and_float32_keep_the_published_order():
+    for dtype, impl in ((jnp.bfloat16, "auto"), (jnp.float32, "auto"), (jnp.bfloat16, "reference")):
+        model = random_model(TILED, dtype=dtype, impl=impl)
+        assert isinstance(prepare(model).layers[0].experts.weights, ExpertWeights)
+
+
+def test_an_abstract_model_gets_the_shapes_and_shardings_of_the_real_one():
+    mesh = make_mesh(expert=2)
+    real = leaves(prepare(random_model(TILED, mesh=mesh, dtype=jnp.bfloat16, impl="hopper")))
+    assert leaves(prepare(abstract(TILED, mesh=mesh, impl="hopper"))) == real
+
+
+def test_widths_that_do_not_tile_are_refused():
+    with pytest.raises(Unsupported, match="96"):
+        prepare(random_model(dtype=jnp.bfloat16, impl="hopper"))
+
+
+def test_scales_out_of_the_kernels_reach_are_refused_and_nothing_is_lost():
+    model = random_model(TILED, dtype=jnp.bfloat16, impl="hopper", scale_bytes=(129, 130))
+    with pytest.raises(ScaleTooLarge, match="scale byte of 129"):
+        prepare(model)
+    assert not model.layers[0].experts.weights.gate_up.blocks.is_deleted()
