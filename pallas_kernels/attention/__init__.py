@@ -2,12 +2,17 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import hopper, reference
 from pallas_kernels.dispatch import Impl, choose
 
 __all__ = ["attention"]
 
-BACKENDS = {"reference": reference.attention, "cpu": reference.attention}
+BACKENDS = {
+    "reference": reference.attention,
+    "cpu": reference.attention,
+    "hopper": hopper.attention,
+    "gpu": hopper.attention,
+}
 
 
 def attention(

@@ -1,0 +1,172 @@
+"""Attention of a few tokens over pages on Hopper: the pages of a row are dealt out to many warpgroups.
+
+Each warpgroup streams its pages from global memory into registers, where they are already the fragments of mma, and
+keeps a softmax of its own. The warpgroups of a block meet in shared memory, the blocks of a row and kv head in the
+shared memory of the first of them, as a cluster: no second kernel, and always the same order of additions.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.hopper_decode_parts import Parts, hardware, interpreted
+from pallas_kernels.attention.hopper_decode_registers import SLOTS
+
+MAX_BLOCK_TOKENS = 2
+"""Tokens a block attends for: with 8 query heads each, they fill the 16 rows of mma."""
+NUM_MULTIPROCESSORS = 132
+NARROW_TABLE = 12
+"""Up to so many pages, one block reads them all: the windows of sliding layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What was measured to be best."""
+
+    splits: int
+    """Blocks that share the keys of a row and kv head: 1, 2, 4 or 8, a cluster."""
+    warpgroups: int
+    """Of a block."""
+    depth: int = 2
+    """Pages on their way to a warpgroup: 32 registers each."""
+
+    @classmethod
+    def of(cls, num_blocks: int, num_pages: int, block_tokens: int) -> "Tuning":
+        """For so many pairs of tokens x kv heads, and so many pages in a row's table."""
+        most = 4 if block_tokens == 1 else 2  # two tokens need more registers than four warpgroups leave a thread
+        if num_pages <= NARROW_TABLE:
+            return cls(splits=1, warpgroups=most)
+        splits = 8
+        while splits > 1 and num_blocks * splits > NUM_MULTIPROCESSORS:
+            splits //= 2
+        return cls(splits, warpgroups=most if num_blocks * splits <= NUM_MULTIPROCESSORS else 2)
+
+
+def attention(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "P K slots H"],
+    values: Float[Array, "P K slots H"],
+    page_table: Int[Array, "B pages"],
+    first: Int[Array, "B T"],
+    last: Int[Array, "B T"],
+    sinks: Float[Array, "K G"],
+    *,
+    interpret: bool = False,
+    tuning: Tuning | None = None,
+) -> Float[Array, "B T K G H"]:
+    """See `pallas_kernels.attention.hopper.attention`."""
+    batch, num_tokens, num_kv_heads = queries.shape[:3]
+    block_tokens = min(num_tokens, MAX_BLOCK_TOKENS)
+    num_pairs = -(-num_tokens // block_tokens)
+    tuning = tuning or Tuning.of(batch * num_pairs * num_kv_heads, page_table.shape[1], block_tokens)
+    if interpret:
+        tuning = dataclasses.replace(tuning, splits=1)
+    make_parts = interpreted if interpret else hardware
+    parts = make_parts(block_tokens, warpgroups=tuning.warpgroups, splits=tuning.splits)
+    kernel = plgpu.kernel(
+        functools.partial(_block, tuning=tuning, parts=parts, block_tokens=block_tokens),
+        out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        grid=(batch, num_pairs, num_kv_heads),
+        grid_names=("row", "pair", "head"),
+        cluster=(tuning.splits,) if tuning.splits > 1 else (),
+        cluster_names=("split",) if tuning.splits > 1 else (),
+        num_threads=tuning.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={
+            "memory": {name: plgpu.SMEM(shape, jnp.float32) for name, shape in parts.memory.items()},
+            "arrived": plgpu.Barrier(num_arrivals=tuning.warpgroups),
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        kernel_name="attention_decode",
+    )
+    return kernel(
+        queries, keys, values, page_table.astype(jnp.int32), first.astype(jnp.int32), last.astype(jnp.int32), sinks
+    )
+
+
+def _block(
+    queries,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    sinks,
+    out,
+    *,
+    memory,
+    arrived,
+    tuning: Tuning,
+    parts: Parts,
+    block_tokens,
+) -> None:
+    row, pair, head = lax.axis_index("row"), lax.axis_index("pair"), lax.axis_index("head")
+    warpgroup = lax.axis_index("warpgroup")
+    split = lax.axis_index("split") if tuning.splits > 1 else 0
+    num_tokens = queries.shape[1]
+    tokens = [block_tokens * pair + i for i in range(block_tokens)]
+    clamped = [jnp.minimum(token, num_tokens - 1) for token in tokens]
+    bounds = [
+        (first[row, at], jnp.where(token < num_tokens, last[row, at], -1))
+        for token, at in zip(tokens, clamped, strict=True)
+    ]
+    begin, num_pages = _visible_pages(bounds)
+    workers = tuning.splits * tuning.warpgroups
+    worker = split * tuning.warpgroups + warpgroup
+    num_own = lax.div(num_pages - worker + workers - 1, workers)
+
+    def page_of(step):
+        return begin + worker + step * workers
+
+    def number_of(step):
+        number = table[row, jnp.minimum(page_of(step), table.shape[1] - 1)]
+        return jnp.clip(number, 0, keys.shape[0] - 1)
+
+    def load(step, number):
+        return parts.load_page(step < num_own, keys.at[number, head], values.at[number, head])
+
+    depth = tuning.depth
+    fragment = parts.load_queries(*[queries.at[row, at, head] for at in clamped])
+    pages = [load(step, number_of(step)) for step in range(depth)]
+    numbers = [number_of(depth + step) for step in range(depth)]
+
+    def round_(index, carry):
+        state, pages, numbers = carry
+        pages, numbers = list(pages), list(numbers)
+        for place in range(depth):
+            step = index * depth + place
+            base = page_of(step) * SLOTS
+            relative = [(low - base, high - base) for low, high in bounds]
+            attend = functools.partial(parts.attend, fragment, pages[place], relative)
+            state = lax.cond(step < num_own, attend, lambda state: state, state)
+            pages[place] = load(step + depth, numbers[place])
+            numbers[place] = number_of(step + 2 * depth)
+        return state, tuple(pages), tuple(numbers)
+
+    rounds = lax.div(num_own + depth - 1, depth)
+    state, _, _ = lax.fori_loop(0, rounds, round_, (parts.start(), tuple(pages), tuple(numbers)))
+    parts.store(state, memory, warpgroup)
+    plgpu.barrier_arrive(arrived)
+
+    @pl.when(warpgroup == 0)
+    def merge():
+        plgpu.barrier_wait(arrived)
+        targets = [out.at[row, at, head] for at in clamped]
+        valid = [token < num_tokens for token in tokens]
+        parts.finish(memory, sinks.at[head], targets, valid, split)
+
+
+def _visible_pages(bounds: list[tuple[Array, Array]]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The first page that some token sees, and how many pages it is from there to the last one."""
+    far = jnp.int32(2**30)
+    low = functools.reduce(jnp.minimum, [jnp.where(first <= last, first, far) for first, last in bounds])
+    high = functools.reduce(jnp.maximum, [jnp.where(first <= last, last, -1) for first, last in bounds])
+    begin = jnp.where(high < 0, 0, lax.div(low, SLOTS))
+    return begin, jnp.where(high < 0, 0, lax.div(high, SLOTS) + 1 - begin)
