@@ -1,0 +1,141 @@
+"""The rest of a layer at decode: projections with the norm before them and the residual after them, and the router."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Impl, choose
+from pallas_kernels.projections import hopper, reference
+
+__all__ = ["output", "query_key_value", "route", "unembed"]
+
+
+def _backends(
+    reference: Callable[..., Any], hopper_kernel: Callable[..., Any], most: int
+) -> dict[str, Callable[..., Any]]:
+    """On a GPU the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast."""
+
+    def gpu(x: Array, *args: Any, **kwargs: Any) -> Any:
+        return (hopper_kernel if x.shape[0] <= most else reference)(x, *args, **kwargs)
+
+    return {"reference": reference, "cpu": reference, "hopper": hopper_kernel, "gpu": gpu}
+
+
+BACKENDS = {
+    "query_key_value": _backends(reference.query_key_value, hopper.query_key_value, hopper.MAX_TOKENS),
+    "output": _backends(reference.output, hopper.output, hopper.MAX_TOKENS),
+    "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED),
+    "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED),
+}
+
+
+def query_key_value(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    query_weight: Float[Array, "N H D"],
+    query_bias: Float[Array, "N H"],
+    key_weight: Float[Array, "K H D"],
+    key_bias: Float[Array, "K H"],
+    value_weight: Float[Array, "K H D"],
+    value_bias: Float[Array, "K H"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    *,
+    eps: float,
+    impl: Impl = "auto",
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """RMSNorm, then queries, keys and values with their biases, queries and keys rotated by their positions.
+
+    The norm is computed in float32 and rounded once to x's dtype. Products accumulate in float32, the bias is added
+    in float32, the sum is rounded to x's dtype; then dim i turns against dim i + H/2 by `cos` and `sin`, both rounded
+    to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
+
+    Raises Unsupported if the named implementation cannot run these arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, scale, angles = jnp.ones((3, 8)), jnp.ones(8), jnp.ones((3, 2))
+        >>> query, kv, bias, kv_bias = jnp.ones((6, 4, 8)), jnp.ones((2, 4, 8)), jnp.ones((6, 4)), jnp.ones((2, 4))
+        >>> args = (x, scale, query, bias, kv, kv_bias, kv, kv_bias, angles, angles)
+        >>> [heads.shape for heads in query_key_value(*args, eps=1e-5, impl="reference")]
+        [(3, 6, 4), (3, 2, 4), (3, 2, 4)]
+    """
+    run = choose("query_key_value", BACKENDS["query_key_value"], impl)
+    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
+    return run(x, norm_scale, *weights, cos, sin, eps=eps)
+
+
+def output(
+    attended: Float[Array, "T N H"],
+    weight: Float[Array, "D N H"],
+    bias: Float[Array, " D"],
+    residual: Float[Array, "T D"],
+    *,
+    impl: Impl = "auto",
+) -> Float[Array, "T D"]:
+    """Heads back to the model's width, with bias, added to the residual stream.
+
+    The product accumulates in float32, the bias is added in float32, the sum is rounded to the residual's dtype and
+    added to it in that dtype. Where heads are split over devices, give one of them the bias and the residual, the
+    others zeros. Local arrays: call inside shard_map.
+
+    Raises Unsupported if the named implementation cannot run these arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> attended, weight = jnp.ones((3, 6, 4)), jnp.ones((8, 6, 4))
+        >>> output(attended, weight, jnp.ones(8), jnp.ones((3, 8)), impl="reference")[0, 0].item()
+        26.0
+    """
+    return choose("output", BACKENDS["output"], impl)(attended, weight, bias, residual)
+
+
+def route(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    router_weight: Float[Array, "E D"],
+    router_bias: Float[Array, " E"],
+    *,
+    eps: float,
+    experts_per_token: int,
+    impl: Impl = "auto",
+) -> tuple[Float[Array, "T D"], Int[Array, "T A"], Float[Array, "T A"]]:
+    """RMSNorm, then each token's experts, best first, and the softmax over their scores alone.
+
+    Returns the normed rows too, in x's dtype: what the experts read. Scores accumulate in float32 and stay in it, bias
+    included; of equal ones the expert with the lower number comes first. Local arrays: call inside shard_map.
+
+    Raises Unsupported if the named implementation cannot run these arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> args = (jnp.ones((1, 8)), jnp.ones(8), jnp.eye(5, 8), jnp.arange(5.0))
+        >>> _, expert_ids, shares = route(*args, eps=1e-5, experts_per_token=2, impl="reference")
+        >>> expert_ids.tolist(), round(shares.sum().item(), 3)
+        ([[4, 3]], 1.0)
+    """
+    run = choose("route", BACKENDS["route"], impl)
+    return run(x, norm_scale, router_weight, router_bias, eps=eps, experts_per_token=experts_per_token)
+
+
+def unembed(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    weight: Float[Array, "V D"],
+    *,
+    eps: float,
+    impl: Impl = "auto",
+) -> Float[Array, "T V"]:
+    """RMSNorm, rounded to x's dtype, then the logits: accumulated and returned in float32.
+
+    Local arrays: call inside shard_map.
+
+    Raises Unsupported if the named implementation cannot run these arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> unembed(jnp.ones((3, 8)), jnp.ones(8), jnp.ones((20, 8)), eps=1e-5, impl="reference").shape
+        (3, 20)
+    """
+    return choose("unembed", BACKENDS["unembed"], impl)(x, norm_scale, weight, eps=eps)

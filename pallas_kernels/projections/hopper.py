@@ -1,0 +1,166 @@
+"""The projections on Hopper GPUs: which arguments the kernels take, and how their work is cut.
+
+Weights are streamed as published; `product` and `vocabulary` say how. They take a few dozen tokens: beyond, XLA's
+matrix products, which read the weights once for all tokens just the same, are as fast.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.projections import heads, residual, routing, vocabulary
+from pallas_kernels.projections.norm import SQUARES
+from pallas_kernels.projections.product import TILE_COLUMNS, UNIT_ROWS, Tiles
+from pallas_kernels.projections.vocabulary import STRIP_ROWS, StreamTiles
+
+MAX_TOKENS = 32
+"""Most rows of a query_key_value or output kernel."""
+MAX_ROUTED = 128
+"""Most rows of a route kernel."""
+MAX_UNEMBEDDED = 32
+"""Most rows of an unembed kernel."""
+MAX_EXPERTS = 256
+NUM_PROCESSORS = 132
+"""Streaming multiprocessors of an H100 or H200 (SXM)."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory of a thread block."""
+_RESERVED_BYTES = 2048
+"""Of them, what alignment and the compiler may take."""
+
+
+def query_key_value(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    query_weight: Float[Array, "N H D"],
+    query_bias: Float[Array, "N H"],
+    key_weight: Float[Array, "K H D"],
+    key_bias: Float[Array, "K H"],
+    value_weight: Float[Array, "K H D"],
+    value_bias: Float[Array, "K H"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    *,
+    eps: float,
+    tiles: Tiles | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """See `pallas_kernels.projections.query_key_value`."""
+    (num_tokens, width), head_dim = x.shape, query_weight.shape[1]
+    name = "query_key_value"
+    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
+    _check_dtypes(name, x, norm_scale, *weights)
+    _check(name, cos.dtype == sin.dtype == jnp.float32, f"rotations of {cos.dtype} and {sin.dtype}, not float32")
+    _check(name, head_dim == heads.HEAD_DIM, f"heads of {head_dim}, not {heads.HEAD_DIM}")
+    _check_sizes(name, num_tokens, width, MAX_TOKENS)
+    num_units = (query_weight.shape[0] + 2 * key_weight.shape[0]) * heads.UNITS_PER_HEAD
+    if tiles is None:
+        warps, depth = (12, 2) if num_tokens <= 8 else (8, 3) if num_tokens <= 16 else (8, 2)
+        tiles = Tiles(_units(num_units), warps, depth)
+    _check(name, num_units % tiles.units == 0, f"{num_units} units of rows in blocks of {tiles.units}")
+    num_floats = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows) * num_tokens
+    _check_shared(name, 4 * num_floats + 2 * width)
+    queries, keys, values = heads.query_key_value(x, norm_scale, *weights, cos, sin, eps=eps, tiles=tiles)
+    return queries, keys, values
+
+
+def output(
+    attended: Float[Array, "T N H"],
+    weight: Float[Array, "D N H"],
+    bias: Float[Array, " D"],
+    residual_stream: Float[Array, "T D"],
+    *,
+    tiles: Tiles | None = None,
+) -> Float[Array, "T D"]:
+    """See `pallas_kernels.projections.output`."""
+    name, (num_tokens, width) = "output", residual_stream.shape
+    num_columns = attended.shape[1] * attended.shape[2]
+    _check_dtypes(name, attended, weight, bias, residual_stream)
+    _check_sizes(name, num_tokens, num_columns, MAX_TOKENS)
+    _check(name, width % UNIT_ROWS == 0, f"a width of {width}, not a multiple of {UNIT_ROWS}")
+    if tiles is None:
+        warps, depth = (16, 2) if num_tokens <= 32 else (8, 3)
+        tiles = Tiles(_units(width // UNIT_ROWS), warps, depth)
+    _check(name, width % tiles.rows == 0, f"a width of {width} in blocks of {tiles.rows}")
+    _check_shared(name, 4 * (tiles.part_floats(num_tokens) + num_tokens * tiles.rows))
+    return residual.output(attended, weight, bias, residual_stream, tiles=tiles)
+
+
+def route(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    router_weight: Float[Array, "E D"],
+    router_bias: Float[Array, " E"],
+    *,
+    eps: float,
+    experts_per_token: int,
+    tiles: Tiles | None = None,
+) -> tuple[Float[Array, "T D"], Int[Array, "T A"], Float[Array, "T A"]]:
+    """See `pallas_kernels.projections.route`."""
+    name, (num_tokens, width), num_experts = "route", x.shape, router_weight.shape[0]
+    _check_dtypes(name, x, norm_scale, router_weight, router_bias)
+    _check_sizes(name, num_tokens, width, MAX_ROUTED)
+    _check(name, num_experts % UNIT_ROWS == 0, f"{num_experts} experts, not a multiple of {UNIT_ROWS}")
+    _check(name, num_experts <= MAX_EXPERTS, f"{num_experts} experts, more than {MAX_EXPERTS}")
+    most = min(num_experts, 32)
+    _check(name, 0 < experts_per_token <= most, f"{experts_per_token} experts per token, not 1 to {most}")
+    if tiles is None:
+        num_units = num_experts // UNIT_ROWS
+        members = max(count for count in range(1, routing.MAX_CLUSTER + 1) if num_units % count == 0)
+        tiles = Tiles(num_units // members, 12, max(1, min(4, 8 * members // num_units)))
+    fits = num_experts % tiles.rows == 0 and num_experts // tiles.rows <= routing.MAX_CLUSTER
+    _check(name, fits, f"{num_experts} experts in blocks of {tiles.rows}, at most {routing.MAX_CLUSTER} a cluster")
+    tokens = min(num_tokens, routing.GROUP_TOKENS)
+    _check_shared(name, 4 * tokens * (tiles.part_floats(1) + SQUARES + num_experts) + 2 * width)
+    normed, expert_ids, shares = routing.route(
+        x, norm_scale, router_weight, router_bias, eps=eps, experts_per_token=experts_per_token, tiles=tiles
+    )
+    return normed, expert_ids, shares
+
+
+def unembed(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    weight: Float[Array, "V D"],
+    *,
+    eps: float,
+    tiles: StreamTiles | None = None,
+) -> Float[Array, "T V"]:
+    """See `pallas_kernels.projections.unembed`."""
+    name, (num_tokens, width), num_rows = "unembed", x.shape, weight.shape[0]
+    _check_dtypes(name, x, norm_scale, weight)
+    _check_sizes(name, num_tokens, width, MAX_UNEMBEDDED)
+    _check(name, num_rows % STRIP_ROWS == 0, f"a vocabulary of {num_rows}, not a multiple of {STRIP_ROWS}")
+    _check_shared(name, num_tokens * vocabulary.row_bytes(width))
+    if tiles is None:
+        tiles = StreamTiles(NUM_PROCESSORS, 12, 5 if num_tokens <= 8 else 4)
+    return vocabulary.unembed(x, norm_scale, weight, eps=eps, tiles=tiles)
+
+
+def _units(num_units: int) -> int:
+    """Units per block, so that the processor with most of them has as few as can be; the larger blocks of equals."""
+
+    def most_on_one(units: int) -> int:
+        return -(-num_units // (units * NUM_PROCESSORS)) * units
+
+    choices = [units for units in range(1, 7) if num_units % units == 0]
+    return min(choices, key=lambda units: (most_on_one(units), -units))
+
+
+def _check(name: str, holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Unsupported(f"{name}: {otherwise}")
+
+
+def _check_dtypes(name: str, *arrays: Array) -> None:
+    dtypes = sorted({str(array.dtype) for array in arrays})
+    _check(name, dtypes == ["bfloat16"], f"arrays of {', '.join(dtypes)}, not bfloat16")
+
+
+def _check_sizes(name: str, num_tokens: int, num_columns: int, most: int) -> None:
+    _check(name, 0 < num_tokens <= most, f"{num_tokens} tokens, not 1 to {most}")
+    divides = num_columns % TILE_COLUMNS == 0
+    _check(name, divides, f"{num_columns} columns, not a multiple of {TILE_COLUMNS}")
+
+
+def _check_shared(name: str, num_bytes: int) -> None:
+    most = SHARED_BYTES - _RESERVED_BYTES
+    _check(name, num_bytes <= most, f"{num_bytes} bytes of shared memory, more than {most}")

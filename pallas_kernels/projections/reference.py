@@ -1,0 +1,92 @@
+"""The projections around a layer's attention and experts in plain JAX: what every kernel is compared with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import platform
+
+
+def norm(x: Float[Array, "T D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "T D"]:
+    """Root-mean-square norm: in float32 throughout, the scale included, and rounded once at the end."""
+    wide = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def multiply(x: Float[Array, "T in"], weight: Float[Array, "out in"]) -> Float[Array, "T out"]:
+    """Activations times the transpose of a weight, accumulated and returned in float32."""
+    einsum = functools.partial(jnp.einsum, "TI,OI->TO", preferred_element_type=jnp.float32, precision="highest")
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and x.shape[0] == 1:
+        # XLA on the CPU multiplies a lone bfloat16 row by converting the whole weight to float32 first: ten times
+        # slower, and a gigabyte for the unembedding. Given two rows it reads the bfloat16 as it is.
+        twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
+        return jax.lax.optimization_barrier(einsum(twice, weight))[:1]
+    return einsum(x, weight)
+
+
+def query_key_value(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    query_weight: Float[Array, "N H D"],
+    query_bias: Float[Array, "N H"],
+    key_weight: Float[Array, "K H D"],
+    key_bias: Float[Array, "K H"],
+    value_weight: Float[Array, "K H D"],
+    value_bias: Float[Array, "K H"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """See `pallas_kernels.projections.query_key_value`."""
+    normed = norm(x, norm_scale, eps=eps)
+
+    def project(weight: Float[Array, "heads H D"], bias: Float[Array, "heads H"]) -> Float[Array, "T heads H"]:
+        # As a matrix: XLA copies a weight of three dims into another order first.
+        y = multiply(normed, weight.reshape(-1, weight.shape[-1])).reshape(-1, *bias.shape)
+        return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+    def rotate(heads: Float[Array, "T heads H"]) -> Float[Array, "T heads H"]:
+        narrow_cos, narrow_sin = (table.astype(heads.dtype)[:, None, :] for table in (cos, sin))
+        one, two = jnp.split(heads, 2, axis=-1)
+        return jnp.concatenate([one * narrow_cos - two * narrow_sin, two * narrow_cos + one * narrow_sin], axis=-1)
+
+    queries, keys = rotate(project(query_weight, query_bias)), rotate(project(key_weight, key_bias))
+    return queries, keys, project(value_weight, value_bias)
+
+
+def output(
+    attended: Float[Array, "T N H"],
+    weight: Float[Array, "D N H"],
+    bias: Float[Array, " D"],
+    residual: Float[Array, "T D"],
+) -> Float[Array, "T D"]:
+    """See `pallas_kernels.projections.output`."""
+    y = multiply(attended.reshape(attended.shape[0], -1), weight.reshape(weight.shape[0], -1))
+    return residual + (y + bias.astype(jnp.float32)).astype(residual.dtype)
+
+
+def route(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    router_weight: Float[Array, "E D"],
+    router_bias: Float[Array, " E"],
+    *,
+    eps: float,
+    experts_per_token: int,
+) -> tuple[Float[Array, "T D"], Int[Array, "T A"], Float[Array, "T A"]]:
+    """See `pallas_kernels.projections.route`."""
+    normed = norm(x, norm_scale, eps=eps)
+    scores = multiply(normed, router_weight) + router_bias.astype(jnp.float32)
+    chosen, expert_ids = jax.lax.top_k(scores, experts_per_token)
+    return normed, expert_ids, jax.nn.softmax(chosen, axis=-1)
+
+
+def unembed(
+    x: Float[Array, "T D"], norm_scale: Float[Array, " D"], weight: Float[Array, "V D"], *, eps: float
+) -> Float[Array, "T V"]:
+    """See `pallas_kernels.projections.unembed`."""
+    return multiply(norm(x, norm_scale, eps=eps), weight)
