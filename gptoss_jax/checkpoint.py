@@ -15,10 +15,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest, read_parameters, zarr_metadata
-from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
+from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves, prepare
 from gptoss_jax.parameters import Parameter
 from pallas_kernels.dispatch import Impl
 
@@ -38,10 +39,11 @@ def load(
     Example:
         >>> model = load("gpt-oss-20b", mesh=make_mesh(expert=2))  # doctest: +SKIP
     """
+    enable_cache()
     directory = Path(path)
     read_manifest(directory)
     model = abstract(ModelConfig.read(directory / CONFIG), mesh=mesh, dtype=dtype, impl=impl)
-    return fill(model, restore(directory, leaves(model)))
+    return prepare(fill(model, restore(directory, leaves(model))))
 
 
 def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -48,3 +48,11 @@ class VocabularyError(GptOssError):
 
 class ConversationError(GptOssError):
     """A conversation that cannot be written in the harmony format."""
+
+
+class BenchError(GptOssError):
+    """A measurement that cannot be made, or whose result means nothing."""
+
+
+class DoesNotFit(BenchError):
+    """A measurement that needs more memory than the device has left."""

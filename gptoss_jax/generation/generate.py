@@ -14,12 +14,14 @@ from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, start
 from gptoss_jax.harmony.tokens import STOP_IDS
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, check_ids
+from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids
 from gptoss_jax.sharding import place
+from pallas_kernels.dispatch import platform
 
 FinishReason = Literal["stop", "length"]
 
-PREFILL_CHUNK = 512
+PREFILL_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 2048}
+"""The most tokens, over all rows of the batch, that one dispatch of `prefill` reads."""
 _SMALLEST_CHUNK = 16
 _MAX_STREAM_STEPS = 32
 _STREAM_SECONDS = 0.05  # a dispatch this short leaves a stream smooth
@@ -153,7 +155,7 @@ class _Run:
             model.config,
             batch=len(prompts),
             max_length=room,
-            max_chunk=PREFILL_CHUNK,
+            max_chunk=max(_SMALLEST_CHUNK, _prefill_tokens(model) // len(prompts)),
             dtype=model.dtype,
             mesh=model.mesh,
         )
@@ -190,10 +192,15 @@ class _Run:
         return tokens
 
 
+def _prefill_tokens(model: Transformer) -> int:
+    with ambient_mesh(model.mesh):
+        return PREFILL_TOKENS[platform()]
+
+
 def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:
     """Read ragged prompts chunk by chunk; returns the logits after each row's last token.
 
-    Chunks are PREFILL_CHUNK long, the last one a power of two: few shapes, so few compilations.
+    Chunks are as long as the cache takes, the last one a power of two: few shapes, so few compilations.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), int(lengths.max())), np.int32)

@@ -68,7 +68,7 @@ def prefill(
     with ambient_mesh(model.mesh):
         tokens, counts = split_rows((tokens, counts))
         hidden, cache = model.advance(tokens, counts, cache)
-        return model.unembedding(per_row(_last_token)(hidden, counts))[:, 0], cache
+        return model.logits(per_row(_last_token)(hidden, counts))[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames="num_top")
@@ -117,7 +117,7 @@ def decode(
         step, rows, chosen, cache = state
         counts = (rows.remaining > 0).astype(jnp.int32)
         hidden, cache = model.advance(rows.last[:, None], counts, cache)
-        logits = model.unembedding(hidden)[:, 0]
+        logits = model.logits(hidden)[:, 0]
         new = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
         return step + 1, _after_choice(rows, new, stop_ids), _write(chosen, new, step), cache
 
@@ -140,16 +140,23 @@ def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Floa
 def _choose(logits: Float[Array, "B V"], rows: Rows, *, num_top: int) -> Chosen:
     """One column of chosen tokens."""
     token = sample(logits, rows.sampling, rows.drawn)[:, None]
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    best = jax.lax.top_k(logprobs, max(num_top, 1))  # asked for none, XLA on the CPU would sort them all
-    top_logprobs, top_ids = (columns[:, :num_top] for columns in best)
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top_logits, top_ids = _best(logits, num_top)
     return Chosen(
         ids=token,
-        logprobs=jnp.take_along_axis(logprobs, token, axis=1),
+        logprobs=jnp.take_along_axis(logits, token, axis=1) - log_total,
         top_ids=top_ids[:, None],
-        top_logprobs=top_logprobs[:, None],
+        top_logprobs=(top_logits - log_total)[:, None],
         counts=(rows.remaining > 0).astype(jnp.int32),
     )
+
+
+def _best(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B top"], Int[Array, "B top"]]:
+    """The largest logits and their ids; asked for none, XLA's top_k would sort them all."""
+    if count == 0:
+        return logits[:, :0], jnp.zeros((logits.shape[0], 0), jnp.int32)
+    best, ids = jax.lax.top_k(logits, count)
+    return best, ids
 
 
 def _write(chosen: Chosen, new: Chosen, step: Int[Array, ""]) -> Chosen:

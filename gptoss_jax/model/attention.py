@@ -1,5 +1,6 @@
 """Grouped-query attention over the cache's pages."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,11 +9,11 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.cache import Step
-from gptoss_jax.model.layers import HeadProjection, OutputProjection, parameter
-from gptoss_jax.model.rope import rotate
+from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, parameter
 from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
+from pallas_kernels.projections import query_key_value
 
 
 class Attention(nnx.Module):
@@ -29,6 +30,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        norm: RMSNorm,
         rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
         keys: Float[Array, "P K slots H"],
@@ -36,36 +38,57 @@ class Attention(nnx.Module):
         step: Step,
         impl: Impl,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
-        """The layer's output and its pools with the new keys and values in them."""
-        heads, pool, rows = activation("B T N H"), activation("P K S H"), activation("B T")
+        """x with attention over its norm added, and the layer's pools with the new keys and values in them."""
+        rows, pool = activation("B"), activation("P K S H")
+        projections = (self.query, self.key, self.value)
         attended, keys, values = jax.shard_map(
-            lambda *args: _write_and_attend(*args, impl=impl),
-            in_specs=(heads, heads, heads, pool, pool, rows, spec("N", WEIGHT_AXES)),
-            out_specs=(heads, pool, pool),
+            functools.partial(_project_write_attend, eps=norm.eps, impl=impl),
+            in_specs=(
+                rows,
+                spec("D", WEIGHT_AXES),
+                tuple(spec(projection.heads, WEIGHT_AXES) for projection in projections),
+                rows,
+                pool,
+                pool,
+                rows,
+                spec("N", WEIGHT_AXES),
+            ),
+            out_specs=(activation("B T N H"), pool, pool),
             check_vma=False,
         )(
-            rotate(self.query(x), *rotation),
-            rotate(self.key(x), *rotation),
-            self.value(x),
+            x,
+            norm.scale[...],
+            tuple((projection.weight[...], projection.bias[...]) for projection in projections),
+            rotation,
             keys,
             values,
             step,
             self.sinks[...],
         )
-        return self.output(attended), keys, values
+        return self.output(attended, residual=x, impl=impl), keys, values
 
 
-def _write_and_attend(
-    queries: Float[Array, "B T N H"],
-    new_keys: Float[Array, "B T K H"],
-    new_values: Float[Array, "B T K H"],
+def _project_write_attend(
+    x: Float[Array, "B T D"],
+    norm_scale: Float[Array, " D"],
+    projections: tuple[tuple[Array, Array], ...],
+    rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     keys: Float[Array, "P K slots H"],
     values: Float[Array, "P K slots H"],
     step: Step,
     sinks: Float[Array, " N"],
     *,
+    eps: float,
     impl: Impl,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    (query, query_bias), (key, key_bias), (value, value_bias) = projections
+    batch, num_tokens, width = x.shape
+    cos, sin = (table.reshape(batch * num_tokens, -1) for table in rotation)
+    heads = query_key_value(
+        x.reshape(-1, width), norm_scale, query, query_bias, key, key_bias, value, value_bias, cos, sin,
+        eps=eps, impl=impl,
+    )  # fmt: skip
+    queries, new_keys, new_values = (part.reshape(batch, num_tokens, *part.shape[1:]) for part in heads)
     keys = keys.at[step.pages, :, step.slots].set(new_keys.astype(keys.dtype), mode="drop")
     values = values.at[step.pages, :, step.slots].set(new_values.astype(values.dtype), mode="drop")
     attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, impl=impl)

@@ -1,5 +1,6 @@
 """The mixture of experts: route each token to a few packed experts and add up their answers."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import parameter
 from gptoss_jax.sharding import MODEL_AXES, WEIGHT_AXES, activation, spec
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.experts import ExpertWeights, experts
+from pallas_kernels.experts import ExpertWeights, HopperExperts, experts, prepare
+from pallas_kernels.experts.hopper_layout import refuse_large_scales
 from pallas_kernels.mxfp4 import BLOCK, BLOCK_BYTES, MXFP4
 
 _INIT_SCALE_BYTE = 121  # 2**-6: codes average about 3 in magnitude, so values about 0.05
@@ -29,11 +31,6 @@ class PackedLinear(nnx.Module):
         self.scales = nnx.Param(scales, out_sharding=spec(f"E {out_dim} J", WEIGHT_AXES))
         self.bias = parameter(rngs, f"E {out_dim}", (num_experts, num_out), dtype=dtype)
 
-    @property
-    def packed(self) -> MXFP4:
-        """The matrices as one packed array `E out in`."""
-        return MXFP4(self.blocks[...], self.scales[...])
-
 
 class Experts(nnx.Module):
     """All experts of a layer, split over the mesh's model axes."""
@@ -44,10 +41,56 @@ class Experts(nnx.Module):
         self.down = PackedLinear("D", (num_experts, width, expert_width), dtype=dtype, rngs=rngs)
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
 
+    @property
+    def weights(self) -> ExpertWeights | HopperExperts:
+        """The parameters as the kernels take them: published, or after `prepare` in a backend's own order."""
+        blocks, scales = self.gate_up.blocks.get_value(), self.gate_up.scales.get_value()
+        if blocks.dtype == jnp.uint8:
+            return ExpertWeights(
+                gate_up=MXFP4(blocks, scales),
+                gate_up_bias=self.gate_up.bias.get_value(),
+                down=MXFP4(self.down.blocks.get_value(), self.down.scales.get_value()),
+                down_bias=self.down.bias.get_value(),
+            )
+        return HopperExperts(
+            gate_up_words=blocks,
+            gate_up_scales=scales,
+            gate_up_bias=self.gate_up.bias.get_value(),
+            down_words=self.down.blocks.get_value(),
+            down_scales=self.down.scales.get_value(),
+            down_bias=self.down.bias.get_value(),
+        )
+
+    def prepare(self, impl: Impl) -> None:
+        """Put the weights in the order that the backend reads, in place: the published bytes are freed.
+
+        Raises Unsupported, before anything is changed, for weights that the backend cannot take.
+        """
+        published = self.weights
+        if not isinstance(published, ExpertWeights):
+            return
+        abstract = isinstance(published.gate_up_bias, jax.ShapeDtypeStruct)
+        rearrange = functools.partial(_rearrange, impl=impl)
+        prepared = jax.eval_shape(rearrange, published) if abstract else rearrange(published)
+        if isinstance(prepared, ExpertWeights):
+            return
+        if not abstract:
+            refuse_large_scales(published)
+            jax.block_until_ready(prepared)
+            for leaf in jax.tree.leaves(published):
+                leaf.delete()
+        for linear, blocks, scales, bias in (
+            (self.gate_up, prepared.gate_up_words, prepared.gate_up_scales, prepared.gate_up_bias),
+            (self.down, prepared.down_words, prepared.down_scales, prepared.down_bias),
+        ):
+            linear.blocks.set_value(blocks)
+            linear.scales.set_value(scales)
+            linear.bias.set_value(bias)
+
     def __call__(
         self, x: Float[Array, "B T D"], expert_ids: Int[Array, "B T A"], routing: Float[Array, "B T A"], *, impl: Impl
     ) -> Float[Array, "B T D"]:
-        def run(x: Array, weights: ExpertWeights, expert_ids: Array, routing: Array) -> Array:
+        def run(x: Array, weights: ExpertWeights | HopperExperts, expert_ids: Array, routing: Array) -> Array:
             local_ids = expert_ids - jax.lax.axis_index(MODEL_AXES) * weights.num_experts
             y = experts(
                 x.reshape(-1, x.shape[-1]),
@@ -60,19 +103,14 @@ class Experts(nnx.Module):
             )
             return jax.lax.psum(y, MODEL_AXES).reshape(x.shape)
 
-        weights = ExpertWeights(
-            gate_up=self.gate_up.packed,
-            gate_up_bias=self.gate_up.bias[...],
-            down=self.down.packed,
-            down_bias=self.down.bias[...],
-        )
         rows = activation("B")
         return jax.shard_map(run, in_specs=(rows, spec("E", WEIGHT_AXES), rows, rows), out_specs=rows, check_vma=False)(
-            x, weights, expert_ids, routing
+            x, self.weights, expert_ids, routing
         )
 
 
-def route(scores: Float[Array, "B T E"], experts_per_token: int) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"]]:
-    """The chosen experts, best first, and the softmax over the chosen scores only (openai/gpt-oss MLPBlock)."""
-    chosen, expert_ids = jax.lax.top_k(scores, experts_per_token)
-    return expert_ids, jax.nn.softmax(chosen, axis=-1)
+@functools.partial(jax.jit, static_argnames="impl")
+def _rearrange(weights: ExpertWeights, *, impl: Impl) -> ExpertWeights | HopperExperts:
+    split = spec("E", WEIGHT_AXES)
+    run = functools.partial(prepare, impl=impl)
+    return jax.shard_map(run, in_specs=(split,), out_specs=split, check_vma=False)(weights)

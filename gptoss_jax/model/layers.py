@@ -1,6 +1,5 @@
-"""The small parts: parameters that know their dims, RMSNorm, linear layers, embedding and unembedding."""
+"""The small parts: parameters that know their dims, norms, projections, router, embedding and unembedding."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.sharding import MODEL_AXES, REPLICATED, WEIGHT_AXES, Axes, activation, spec
-from pallas_kernels.dispatch import platform
+from pallas_kernels.dispatch import Impl
+from pallas_kernels.projections import output, route, unembed
+from pallas_kernels.projections.reference import multiply
 
 _INIT_SCALE = 0.02
 
@@ -29,48 +30,21 @@ def parameter(
     return nnx.Param(value, out_sharding=spec(dims, axes))
 
 
-def multiply(
-    x: Float[Array, "B T in"], weight: Float[Array, "out in"], *, out_sharding: P | None = None
-) -> Float[Array, "B T out"]:
-    """Activations times the transpose of a weight, accumulated and returned in float32."""
-    einsum = functools.partial(
-        jnp.einsum, "BTI,OI->BTO", preferred_element_type=jnp.float32, out_sharding=out_sharding, precision="highest"
-    )
-    if platform() == "cpu" and x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1:
-        # XLA on the CPU multiplies a lone bfloat16 row by converting the whole weight to float32 first: ten times
-        # slower, and a gigabyte for the unembedding. Given two rows it reads the bfloat16 as it is.
-        twice = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
-        return jax.lax.optimization_barrier(einsum(twice, weight))[:, :1]
-    return einsum(x, weight)
-
-
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: in float32 throughout, the scale included, and rounded once at the end."""
+    """The scale of a root-mean-square norm; the projection that follows applies it (`pallas_kernels.projections`)."""
 
     def __init__(self, width: int, *, eps: float, dtype: Any) -> None:
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, dtype), out_sharding=P(None))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
 
 class HeadProjection(nnx.Module):
-    """Model width to heads, with bias; stored [out, in] as published, out split into heads."""
+    """Weight and bias from model width to heads, stored [out, in] as published, out split into heads."""
 
     def __init__(self, heads: str, num_heads: int, head_dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.weight = parameter(rngs, f"{heads} H D", (num_heads, head_dim, width), dtype=dtype)
         self.bias = parameter(rngs, f"{heads} H", (num_heads, head_dim), dtype=dtype)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        # As a matrix: XLA copies a weight of three dims into another order first, at every call.
-        matrix = self.weight[...].reshape(-1, x.shape[-1], out_sharding=spec(f"{self.heads} D", WEIGHT_AXES))
-        dims = f"B T {self.heads} H"
-        y = multiply(x, matrix).reshape(*x.shape[:2], *self.bias.shape, out_sharding=activation(dims))
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class OutputProjection(nnx.Module):
@@ -80,23 +54,51 @@ class OutputProjection(nnx.Module):
         self.weight = parameter(rngs, "D N H", (width, num_heads, head_dim), dtype=dtype)
         self.bias = parameter(rngs, "D", (width,), dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        matrix = self.weight[...].reshape(self.weight.shape[0], -1, out_sharding=spec("D N", WEIGHT_AXES))
-        joined = x.reshape(*x.shape[:2], -1, out_sharding=activation("B T N"))
-        y = multiply(joined, matrix, out_sharding=activation("B T D"))
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "B T N H"], *, residual: Float[Array, "B T D"], impl: Impl
+    ) -> Float[Array, "B T D"]:
+        """The residual stream with the projection of x added."""
+
+        def run(x: Array, weight: Array, bias: Array, residual: Array) -> Array:
+            rows, stream = x.reshape(-1, *x.shape[2:]), residual.reshape(-1, residual.shape[-1])
+            if jax.lax.axis_size("tensor") == 1:
+                return output(rows, weight, bias, stream, impl=impl).reshape(residual.shape)
+            # Parts of one sum are added up before anything is rounded.
+            product = multiply(rows.reshape(rows.shape[0], -1), weight.reshape(weight.shape[0], -1))
+            y = jax.lax.psum(product, "tensor") + bias.astype(jnp.float32)
+            return residual + y.astype(residual.dtype).reshape(residual.shape)
+
+        rows = activation("B")
+        return jax.shard_map(
+            run,
+            in_specs=(activation("B T N H"), spec("D N H", WEIGHT_AXES), P(), rows),
+            out_specs=rows,
+            check_vma=False,
+        )(x, self.weight[...], self.bias[...], residual)
 
 
 class Router(nnx.Module):
-    """Scores of every expert for every token, in float32; every device holds all of it."""
+    """Chooses each token's experts; every device holds all of it."""
 
     def __init__(self, num_experts: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         self.weight = parameter(rngs, "E D", (num_experts, width), dtype=dtype, axes=REPLICATED)
         self.bias = parameter(rngs, "E", (num_experts,), dtype=dtype, axes=REPLICATED)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        scores = multiply(x, self.weight[...])
-        return scores + self.bias[...].astype(jnp.float32)
+    def __call__(
+        self, x: Float[Array, "B T D"], norm: RMSNorm, *, experts_per_token: int, impl: Impl
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T A"], Float[Array, "B T A"]]:
+        """The normed rows, the chosen experts, best first, and their shares (`pallas_kernels.projections.route`)."""
+
+        def run(x: Array, *parameters: Array) -> tuple[Array, ...]:
+            rows = x.reshape(-1, x.shape[-1])
+            found = route(rows, *parameters, eps=norm.eps, experts_per_token=experts_per_token, impl=impl)
+            return tuple(part.reshape(*x.shape[:2], -1) for part in found)
+
+        rows = activation("B")
+        normed, expert_ids, routing = jax.shard_map(
+            run, in_specs=(rows, P(), P(), P()), out_specs=(rows, rows, rows), check_vma=False
+        )(x, norm.scale[...], self.weight[...], self.bias[...])
+        return normed, expert_ids, routing
 
 
 class Embedding(nnx.Module):
@@ -126,5 +128,16 @@ class Unembedding(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         self.weight = parameter(rngs, "V D", (vocab_size, width), dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return multiply(x, self.weight[...])
+    def __call__(self, x: Float[Array, "B T D"], norm: RMSNorm, *, impl: Impl) -> Float[Array, "B T V"]:
+        """The logits of the normed rows."""
+
+        def run(x: Array, scale: Array, weight: Array) -> Array:
+            logits = unembed(x.reshape(-1, x.shape[-1]), scale, weight, eps=norm.eps, impl=impl)
+            return logits.reshape(*x.shape[:2], -1)
+
+        return jax.shard_map(
+            run,
+            in_specs=(activation("B"), P(), spec("V D", WEIGHT_AXES)),
+            out_specs=activation("B T V"),
+            check_vma=False,
+        )(x, norm.scale[...], self.weight[...])

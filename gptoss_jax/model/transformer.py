@@ -18,7 +18,7 @@ from gptoss_jax.config import LayerKind, ModelConfig
 from gptoss_jax.errors import PromptError
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.cache import Cache, Step
-from gptoss_jax.model.experts import Experts, route
+from gptoss_jax.model.experts import Experts
 from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
 from gptoss_jax.model.rope import rotations
 from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, split_rows
@@ -47,12 +47,12 @@ class Layer(nnx.Module):
         step: Step,
         impl: Impl,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
-        attended, keys, values = self.attention(
-            self.attention_norm(x), rotation, keys=keys, values=values, step=step, impl=impl
+        x, keys, values = self.attention(
+            x, self.attention_norm, rotation, keys=keys, values=values, step=step, impl=impl
         )
-        x = x + attended
-        normed = self.experts_norm(x)
-        expert_ids, routing = route(self.router(normed), self.experts_per_token)
+        normed, expert_ids, routing = self.router(
+            x, self.experts_norm, experts_per_token=self.experts_per_token, impl=impl
+        )
         return x + self.experts(normed, expert_ids, routing, impl=impl), keys, values
 
 
@@ -103,9 +103,9 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Read `counts[b]` of each row's tokens (the rest is padding) after what the cache holds.
 
-        Returns the last layer's normed output and the cache with these tokens in it. Pure and unchecked: the caller
-        sees to it that a step has at most `cache.max_chunk` tokens and that rows fit the cache. Runs under
-        `ambient_mesh`.
+        Returns the last layer's output, which `logits` takes, and the cache with these tokens in it. Pure and
+        unchecked: the caller sees to it that a step has at most `cache.max_chunk` tokens and that rows fit the
+        cache. Runs under `ambient_mesh`.
         """
         num_tokens = tokens.shape[1]
         steps = {kind: cache.step(kind, counts, num_tokens, self.config) for kind in cache.tables}
@@ -118,7 +118,11 @@ class Transformer(nnx.Module):
                 x, rotation, keys=keys[index], values=values[index], step=steps[layer.kind], impl=self.impl
             )
         lengths = cache.lengths + counts
-        return self.norm(x), dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
+        return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits that follow each token, in float32, split over the vocabulary. Runs under `ambient_mesh`."""
+        return self.unembedding(hidden, self.norm, impl=self.impl)
 
 
 @contextlib.contextmanager
@@ -136,7 +140,7 @@ def _logits(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B T 
         cache = Cache.create(model.config, batch=batch, max_length=num_tokens, max_chunk=num_tokens, dtype=model.dtype)
         counts = jnp.full((batch,), num_tokens, jnp.int32)
         hidden, _ = model.advance(tokens, counts, cache)
-        return jax.sharding.reshard(model.unembedding(hidden), activation("B T D"))
+        return jax.sharding.reshard(model.logits(hidden), activation("B T D"))
 
 
 def check_ids(ids: ArrayLike | Sequence[Any], *, ndim: int, vocab_size: int, where: str) -> np.ndarray:
@@ -171,7 +175,8 @@ def build(
     """
     make, mesh = _maker(config, mesh, dtype, impl)
     with jax.set_mesh(mesh):
-        return make(jax.random.key(seed))  # not jitted: layers share the compiled draws, one program for all is slow
+        model = make(jax.random.key(seed))  # not jitted: layers share the compiled draws, one program for all is slow
+    return prepare(model)
 
 
 def abstract(
@@ -180,7 +185,7 @@ def abstract(
     """The model with shapes, dtypes and shardings in place of weights: what a checkpoint is restored into."""
     make, mesh = _maker(config, mesh, dtype, impl)
     with jax.set_mesh(mesh):
-        return nnx.eval_shape(make, jax.random.key(0))
+        return nnx.eval_shape(lambda: make(jax.random.key(0)))  # no array is made: the devices need not be there
 
 
 def leaves(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
@@ -198,6 +203,23 @@ def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
     structure, state = nnx.split(model)
     filled = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(structure, nnx.from_flat_state(filled))
+
+
+def prepare(model: Transformer) -> Transformer:
+    """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
+
+    In place, a layer at a time, so that device memory holds one layer's experts twice and no more. On a platform
+    whose kernels read the published order, and for float32 models, which the kernels do not multiply, nothing
+    changes. Takes an abstract model too. The order never reaches a checkpoint.
+
+    Raises Unsupported if the model names an implementation that cannot take its weights.
+    """
+    if model.impl == "auto" and model.dtype != jnp.bfloat16:
+        return model
+    with jax.set_mesh(model.mesh):
+        for layer in model.layers:
+            layer.experts.prepare(model.impl)
+    return model
 
 
 def _maker(

@@ -24,7 +24,7 @@ NEW_TOKENS = 12
 def _several_chunks():
     """Short chunks, so that short prompts take several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "PREFILL_CHUNK", 32)
+        patch.setitem(generation.PREFILL_TOKENS, "cpu", 96)  # for three prompts, chunks of 32
         yield
 
 
