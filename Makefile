@@ -5,8 +5,9 @@ MINIMUM := 3.12
 CANDIDATES := python3 python3.12 python3.13 python3.14
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+GPU_VENV := .venv-gpu
 
-.PHONY: demo test lint parity parity-golden clean
+.PHONY: demo test lint gpu-gate parity parity-golden clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gptoss-jax demo
@@ -20,6 +21,11 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+
+# Compiles the steps for an H200, which need not be there, and refuses more launches, spills or temporaries than
+# tests/gpu_gate/limits.json allows. In an environment of its own: NVIDIA's compilers take 1 GB.
+gpu-gate: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m tests.gpu_gate
 
 # Makes the torch oracles' answers afresh in an environment of their own, and compares with them.
 parity: $(VENV)/installed-dev
@@ -50,5 +56,10 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
+$(GPU_VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt constraints-gpu.txt
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement constraints-gpu.txt --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-parity build
+	rm -rf $(VENV) $(GPU_VENV) .venv-parity build

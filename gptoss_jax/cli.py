@@ -27,6 +27,8 @@ from convert.cli import (
     run_inspect,
     run_verify,
 )
+from gptoss_jax.bench.command import add_arguments as add_bench_arguments
+from gptoss_jax.bench.command import run as run_bench
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
 from gptoss_jax.harmony.conversation import REASONING_LEVELS
 
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
+        ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, run_bench),
     ):
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         add_arguments(command)

@@ -1,0 +1,157 @@
+"""The command `gptoss-jax bench`: its arguments, and the run. JAX is imported when it runs."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_jax.bench.plan import Plan
+from gptoss_jax.errors import BenchError, DoesNotFit
+
+if TYPE_CHECKING:
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.model.transformer import Transformer
+
+_MODELS = ("20b", "120b", "tiny")
+_GB = 10**9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure this machine's ceilings, then decoding and prefilling against them: with a checkpoint's weights, or "
+        "with random ones of a published shape, made on the device."
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CKPT", help="a converted directory")
+    parser.add_argument("--model", choices=_MODELS, help="random weights of this shape (default without CKPT: 20b)")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers, for a quick look")
+    plan = Plan()
+    for name, default, text in (
+        ("batch", plan.batches, "rows decoded at once"),
+        ("context", plan.contexts, "tokens held by each row when decoding begins"),
+        ("prefill", plan.prompts, "lengths of the prompts read"),
+    ):
+        shown = ",".join(map(str, default))
+        parser.add_argument(
+            f"--{name}", type=_numbers, default=default, metavar="N,...", help=f"{text}; 0 for none (default: {shown})"
+        )
+    parser.add_argument("--steps", type=int, default=plan.steps, metavar="N", help="tokens a dispatch (default: 64)")
+    parser.add_argument("--kernels", action="store_true", help="also the kernels alone, over token counts")
+    parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the table, and write the files asked for."""
+    for path in (options.json, options.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise BenchError("no such folder", where=str(path), fix="make it first")
+    if options.checkpoint is not None and options.model is not None:
+        raise BenchError("a checkpoint and --model", where="--model", fix="give one of the two")
+
+    from gptoss_jax.bench import memory, plot
+
+    if options.plot is not None:
+        plot.check()
+    limit = None if options.memory_limit_gb is None else memory.hold(round(options.memory_limit_gb * _GB))
+
+    from gptoss_jax.bench.kernels import TOKEN_COUNTS
+    from gptoss_jax.bench.report import Table, surroundings, write
+    from gptoss_jax.bench.suite import check, measure
+    from gptoss_jax.bench.timing import ceilings
+    from gptoss_jax.compilation import enable_cache
+
+    name, config = _config(options)
+    plan = Plan(
+        batches=options.batch,
+        contexts=options.context,
+        prompts=options.prefill,
+        kernel_tokens=TOKEN_COUNTS if options.kernels else (),
+        steps=options.steps,
+    )
+    check(plan, config)
+    enable_cache()
+    report = surroundings(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    rates = ceilings()
+    report["ceilings"] = dataclasses.asdict(rates)
+    table, rows = Table(), []
+    table.line(_head(report))
+    model = _model(options, config)
+    report |= {"weights": "random" if options.checkpoint is None else "checkpoint", "left_out": []}
+    table.header()
+    for row in measure(model, name, rates, plan):
+        if isinstance(row, DoesNotFit):
+            report["left_out"].append(str(row))
+            table.line(f"left out: {row}")
+        else:
+            rows.append(row)
+            table.row(row)
+        if limit is not None:
+            report["memory"] = memory.held(limit)
+        if options.json is not None:  # after each row: a run that is cut short leaves what it had
+            write(options.json, report, rows)
+    table.line(f"compiling took {sum(row.compile_s or 0 for row in rows):.1f} s")
+    if limit is not None:
+        sizes = (f"{key.removesuffix('_bytes')} {value / _GB:.2f}" for key, value in report["memory"].items())
+        table.line(f"memory, GB: {', '.join(sizes)}")
+    if options.plot is not None and rows:
+        plot.draw(options.plot, rows, rates, title=f"gpt-oss {name}, {report['device']}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> "tuple[str, ModelConfig]":
+    """The architecture, and what its rows are called."""
+    from convert.synthetic import MODELS
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.manifest import CONFIG, read_manifest
+
+    if options.checkpoint is None:
+        name = options.model or "20b"
+        config = MODELS[name]()
+    else:
+        read_manifest(options.checkpoint)
+        config = ModelConfig.read(options.checkpoint / CONFIG)
+        name = next((name for name, make in MODELS.items() if make() == config), options.checkpoint.name)
+    if options.layers is None:
+        return name, config
+    if options.checkpoint is not None:
+        raise BenchError("a checkpoint and --layers", where="--layers", fix="give one of the two")
+    if not 1 <= options.layers <= config.num_layers:
+        raise BenchError(f"{options.layers} layers", where="--layers", fix=f"choose 1 to {config.num_layers}")
+    kinds = config.layer_kinds[: options.layers]
+    return f"{name}/{options.layers}", dataclasses.replace(config, num_layers=options.layers, layer_kinds=kinds)
+
+
+def _model(options: argparse.Namespace, config: "ModelConfig") -> "Transformer":
+    if options.checkpoint is not None:
+        from gptoss_jax.checkpoint import load
+
+        return load(options.checkpoint)
+    from gptoss_jax.bench.weights import random_model
+
+    return random_model(config)
+
+
+def _head(report: dict[str, Any]) -> str:
+    rates = report["ceilings"]
+    return (
+        f"{report['device']}, driver {report['driver'] or '-'}, jax {report['versions']['jax']}, commit "
+        f"{report['commit'] or '-'}, {report['date']}\n"
+        f"ceilings: reads {rates['read_bytes_per_s'] / 1e12:.3g} TB/s, "
+        f"dense bfloat16 {rates['dense_flops_per_s'] / 1e12:.4g} TFLOP/s"
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`1,8,32`; `0` is none."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers") from error
+    if numbers == (0,):
+        return ()
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{min(numbers)} is less than 1")
+    return numbers

@@ -1,0 +1,171 @@
+"""Rows of decoding and of prefilling: the functions that `generate` runs, on caches filled for the purpose."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.bench.launches import count, step_launches
+from gptoss_jax.bench.report import Row
+from gptoss_jax.bench.roofline import Ceilings, decode_work, prefill_work
+from gptoss_jax.bench.timing import measure
+from gptoss_jax.errors import BenchError, DoesNotFit
+from gptoss_jax.generation.generate import PREFILL_TOKENS, generate
+from gptoss_jax.generation.sampling import Sampling, SamplingRows
+from gptoss_jax.generation.steps import decode, start
+from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.transformer import Transformer, ambient_mesh
+from pallas_kernels.dispatch import platform
+
+_NEVER = np.array([-1], np.int32)  # no id, so no row stops
+_ENDLESS = np.int32(2**30)
+_SMALLEST_CHUNK = 16
+_HEADROOM = 1.02  # the cache is not all that a step needs
+
+
+def decode_row(
+    model: Transformer, name: str, ceilings: Ceilings, *, batch: int, context: int, steps: int, seed: int = 0
+) -> Row:
+    """Milliseconds a step of greedy decoding, over dispatches of `steps` tokens a row that no row ends.
+
+    Every dispatch begins with `context` tokens held (fewer if the model's context would not hold `steps` more):
+    random keys and values made on the device, not read from a prompt. Each row begins with a random token. Raises
+    DoesNotFit for a cache that is too large, BenchError for log-probabilities that are no numbers.
+    """
+    held = min(context, model.config.max_context - steps)
+    cache = random_cache(model, batch=batch, room=held + steps, seed=seed)
+    lengths = np.full((batch,), held, np.int32)
+    rows, shardings = _first_rows(model, batch, seed)
+
+    def fresh_rows() -> Any:
+        return jax.tree.map(jax.device_put, rows, shardings)
+
+    began = time.perf_counter()
+    compiled = decode.lower(model, with_lengths(cache, lengths), fresh_rows(), _NEVER, steps).compile()
+    compile_s = time.perf_counter() - began
+
+    def ready() -> tuple[Any, Cache]:
+        return fresh_rows(), with_lengths(cache, lengths)
+
+    def run(state: tuple[Any, Cache]) -> Any:
+        nonlocal cache, chosen
+        _, chosen, cache = decode(model, state[1], state[0], _NEVER, steps)
+        return chosen, cache
+
+    chosen: Any = None
+    times = measure(run, ready) / steps
+    _check(chosen, steps)
+    distinct = [len(set(column)) for column in np.asarray(chosen.ids)[:, :steps].T.tolist()]
+    return Row.of(
+        name,
+        "decode",
+        decode_work(model.config, batch=batch, context=held + (steps - 1) / 2),
+        ceilings,
+        times,
+        batch=batch,
+        context=context,
+        num_tokens=batch,
+        launches=count(step_launches(compiled.as_text() or "")) if jax.default_backend() != "cpu" else None,
+        compile_s=compile_s,
+        temporary_bytes=_temporary_bytes(compiled),
+        distinct_tokens=sum(distinct) / len(distinct),
+    )
+
+
+def prefill_row(model: Transformer, name: str, ceilings: Ceilings, *, num_tokens: int, seed: int = 0) -> Row:
+    """Milliseconds to the first token of `generate` for one random prompt: its cache made, its chunks read."""
+    generator = np.random.default_rng(seed)
+    prompt = generator.integers(0, model.config.vocab_size, num_tokens, np.int32)
+
+    def run(_: None) -> None:
+        generate(model, [prompt], Sampling(temperature=0.0), max_new_tokens=1, stop_ids=())
+
+    times = measure(run)
+    return Row.of(
+        name,
+        "prefill",
+        prefill_work(model.config, num_tokens=num_tokens),
+        ceilings,
+        times,
+        batch=1,
+        context=num_tokens,
+        num_tokens=num_tokens,
+        compile_s=max(0.0, times.first - times.median) / 1e3,
+    )
+
+
+def random_cache(model: Transformer, *, batch: int, room: int, seed: int) -> Cache:
+    """A cache for `room` tokens a row, its pools full of normal values. Raises DoesNotFit if it is too large."""
+
+    def create(mesh: Any) -> Cache:
+        return Cache.create(
+            model.config, batch=batch, max_length=room, max_chunk=_chunk(model, batch), dtype=model.dtype, mesh=mesh
+        )
+
+    needed = jax.eval_shape(lambda: create(None)).nbytes * _HEADROOM
+    free = _free_bytes()
+    if free is not None and needed > free:
+        raise DoesNotFit(
+            f"the keys and values need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=f"batch {batch} at a context of {room}",
+            fix="leave this row out",
+        )
+    empty = create(model.mesh)
+    leaves, structure = jax.tree.flatten(empty)
+    for index, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):  # in place, one pool at a time: they may be most of the memory
+            leaves[index] = _refill(leaf, jax.random.fold_in(jax.random.key(seed), index), leaf.sharding)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _chunk(model: Transformer, batch: int) -> int:
+    """As `generate` makes its cache."""
+    with ambient_mesh(model.mesh):
+        return max(_SMALLEST_CHUNK, PREFILL_TOKENS[platform()] // batch)
+
+
+def _refill(pool: jax.Array, key: jax.Array, sharding: Any) -> jax.Array:
+    draw = jax.jit(_normal_like, donate_argnums=0, out_shardings=sharding)
+    return draw(pool, key)
+
+
+def _normal_like(pool: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, pool.shape, pool.dtype)
+
+
+def with_lengths(cache: Cache, lengths: np.ndarray) -> Cache:
+    """The same pools and tables for rows that hold this many tokens."""
+    return dataclasses.replace(cache, lengths=jax.device_put(lengths, cache.lengths.sharding))
+
+
+def _first_rows(model: Transformer, batch: int, seed: int) -> tuple[Any, Any]:
+    """What `start` makes of random logits, on the host, and where each part of it belongs."""
+    logits = np.random.default_rng(seed).standard_normal((batch, model.config.vocab_size), np.float32)
+    settings = SamplingRows.of([Sampling(temperature=0.0, seed=row) for row in range(batch)])
+    rows, _ = start(model, jnp.asarray(logits), np.full(batch, _ENDLESS), settings, _NEVER)
+    return jax.device_get(rows), jax.tree.map(lambda leaf: leaf.sharding, rows)
+
+
+def _check(chosen: Any, steps: int) -> None:
+    counts, logprobs = np.asarray(chosen.counts), np.asarray(chosen.logprobs)[:, :steps]
+    if not (counts == steps).all() or not np.isfinite(logprobs).all():
+        raise BenchError(
+            f"{counts.min()} of {steps} tokens, {np.isfinite(logprobs).mean():.0%} of them with a log-probability",
+            where="decoding",
+            fix="this is a fault of the kernels, not of the measurement: compare with impl='reference'",
+        )
+
+
+def _temporary_bytes(compiled: Any) -> int | None:
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def _free_bytes() -> int | None:
+    statistics = jax.devices()[0].memory_stats()
+    if not statistics or "bytes_limit" not in statistics:
+        return None
+    return statistics["bytes_limit"] - statistics["bytes_in_use"]
