@@ -12,7 +12,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from gptoss_jax.demo import make_checkpoint
 from gptoss_jax.model.transformer import Transformer
 from tests.tiny import random_model
 
@@ -28,4 +27,6 @@ def tiny_model() -> Transformer:
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The converted demo checkpoint: random weights, the real vocabulary."""
+    from gptoss_jax.demo import make_checkpoint  # here, since a machine for `-m gpu` may lack the vocabulary's packages
+
     return make_checkpoint(tmp_path_factory.mktemp("demo"))

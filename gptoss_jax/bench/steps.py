@@ -13,16 +13,14 @@ from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings, decode_work, prefill_work
 from gptoss_jax.bench.timing import measure
 from gptoss_jax.errors import BenchError, DoesNotFit
-from gptoss_jax.generation.generate import PREFILL_TOKENS, generate
+from gptoss_jax.generation.generate import generate, prefill_chunk
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, start
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, ambient_mesh
-from pallas_kernels.dispatch import platform
+from gptoss_jax.model.transformer import Transformer
 
 _NEVER = np.array([-1], np.int32)  # no id, so no row stops
 _ENDLESS = np.int32(2**30)
-_SMALLEST_CHUNK = 16
 _HEADROOM = 1.02  # the cache is not all that a step needs
 
 
@@ -102,7 +100,12 @@ def random_cache(model: Transformer, *, batch: int, room: int, seed: int) -> Cac
 
     def create(mesh: Any) -> Cache:
         return Cache.create(
-            model.config, batch=batch, max_length=room, max_chunk=_chunk(model, batch), dtype=model.dtype, mesh=mesh
+            model.config,
+            batch=batch,
+            max_length=room,
+            max_chunk=prefill_chunk(model, batch),
+            dtype=model.dtype,
+            mesh=mesh,
         )
 
     needed = jax.eval_shape(lambda: create(None)).nbytes * _HEADROOM
@@ -119,12 +122,6 @@ def random_cache(model: Transformer, *, batch: int, room: int, seed: int) -> Cac
         if jnp.issubdtype(leaf.dtype, jnp.floating):  # in place, one pool at a time: they may be most of the memory
             leaves[index] = _refill(leaf, jax.random.fold_in(jax.random.key(seed), index), leaf.sharding)
     return jax.tree.unflatten(structure, leaves)
-
-
-def _chunk(model: Transformer, batch: int) -> int:
-    """As `generate` makes its cache."""
-    with ambient_mesh(model.mesh):
-        return max(_SMALLEST_CHUNK, PREFILL_TOKENS[platform()] // batch)
 
 
 def _refill(pool: jax.Array, key: jax.Array, sharding: Any) -> jax.Array:

@@ -155,7 +155,7 @@ class _Run:
             model.config,
             batch=len(prompts),
             max_length=room,
-            max_chunk=max(_SMALLEST_CHUNK, _prefill_tokens(model) // len(prompts)),
+            max_chunk=prefill_chunk(model, len(prompts)),
             dtype=model.dtype,
             mesh=model.mesh,
         )
@@ -192,9 +192,10 @@ class _Run:
         return tokens
 
 
-def _prefill_tokens(model: Transformer) -> int:
+def prefill_chunk(model: Transformer, batch: int) -> int:
+    """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform."""
     with ambient_mesh(model.mesh):
-        return PREFILL_TOKENS[platform()]
+        return max(_SMALLEST_CHUNK, PREFILL_TOKENS[platform()] // batch)
 
 
 def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:

@@ -13,7 +13,7 @@ from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, p
 from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.projections import query_key_value
+from pallas_kernels.projections import project_to_cache
 
 
 class Attention(nnx.Module):
@@ -84,12 +84,10 @@ def _project_write_attend(
     (query, query_bias), (key, key_bias), (value, value_bias) = projections
     batch, num_tokens, width = x.shape
     cos, sin = (table.reshape(batch * num_tokens, -1) for table in rotation)
-    heads = query_key_value(
+    queries, keys, values = project_to_cache(
         x.reshape(-1, width), norm_scale, query, query_bias, key, key_bias, value, value_bias, cos, sin,
-        eps=eps, impl=impl,
+        keys, values, step.pages.reshape(-1), step.slots.reshape(-1), eps=eps, impl=impl,
     )  # fmt: skip
-    queries, new_keys, new_values = (part.reshape(batch, num_tokens, *part.shape[1:]) for part in heads)
-    keys = keys.at[step.pages, :, step.slots].set(new_keys.astype(keys.dtype), mode="drop")
-    values = values.at[step.pages, :, step.slots].set(new_values.astype(values.dtype), mode="drop")
+    queries = queries.reshape(batch, num_tokens, *queries.shape[1:])
     attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, impl=impl)
     return attended, keys, values

@@ -1,5 +1,6 @@
 """The expert layer of one token batch: gate/up, clamped SwiGLU, down, weighted sum; experts packed in MXFP4."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
@@ -9,12 +10,8 @@ from pallas_kernels.experts.weights import ExpertWeights
 
 __all__ = ["ExpertWeights", "HopperExperts", "experts", "prepare"]
 
-BACKENDS = {
-    "reference": reference.experts,
-    "cpu": reference.experts,
-    "hopper": hopper.experts,
-    "gpu": hopper.experts,
-}
+_hopper = jax.jit(hopper.experts, static_argnames=("alpha", "limit"))  # so that layers share one trace and lowering
+BACKENDS = {"reference": reference.experts, "cpu": reference.experts, "hopper": _hopper, "gpu": _hopper}
 PREPARE = {
     "reference": lambda weights: weights,
     "cpu": lambda weights: weights,

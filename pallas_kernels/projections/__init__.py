@@ -1,4 +1,4 @@
-"""The rest of a layer at decode: projections with the norm before them and the residual after them, and the router."""
+"""The rest of a layer: projections with the norm before and the cache or the residual after them, and the router."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Impl, choose
 from pallas_kernels.projections import hopper, reference
 
-__all__ = ["output", "query_key_value", "route", "unembed"]
+__all__ = ["output", "project_to_cache", "route", "unembed"]
 
 
 def _backends(
@@ -23,14 +23,19 @@ def _backends(
 
 
 BACKENDS = {
-    "query_key_value": _backends(reference.query_key_value, hopper.query_key_value, hopper.MAX_TOKENS),
+    "project_to_cache": {
+        "reference": reference.project_to_cache,
+        "cpu": reference.project_to_cache,
+        "hopper": hopper.project_to_cache,
+        "gpu": hopper.project_to_cache,
+    },
     "output": _backends(reference.output, hopper.output, hopper.MAX_TOKENS),
     "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED),
     "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED),
 }
 
 
-def query_key_value(
+def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
     query_weight: Float[Array, "N H D"],
@@ -41,15 +46,22 @@ def query_key_value(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
+    keys: Float[Array, "P K slots H"],
+    values: Float[Array, "P K slots H"],
+    pages: Int[Array, " T"],
+    slots: Int[Array, " T"],
     *,
     eps: float,
     impl: Impl = "auto",
-) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """RMSNorm, then queries, keys and values with their biases, queries and keys rotated by their positions.
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    """RMSNorm, then queries, keys and values; returns the queries, and the pools with the new keys and values in them.
+
+    A token's go to slot `slots[t]` of page `pages[t]`; a page number at or past P means nowhere. No two tokens may go
+    to one place, and no number is negative. Kernels write in place where the pools passed in are not used again.
 
     The norm is computed in float32 and rounded once to x's dtype. Products accumulate in float32, the bias is added
-    in float32, the sum is rounded to x's dtype; then dim i turns against dim i + H/2 by `cos` and `sin`, both rounded
-    to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
+    in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `cos` and
+    `sin`, both rounded to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
 
     Raises Unsupported if the named implementation cannot run these arguments.
 
@@ -58,12 +70,14 @@ def query_key_value(
         >>> x, scale, angles = jnp.ones((3, 8)), jnp.ones(8), jnp.ones((3, 2))
         >>> query, kv, bias, kv_bias = jnp.ones((6, 4, 8)), jnp.ones((2, 4, 8)), jnp.ones((6, 4)), jnp.ones((2, 4))
         >>> args = (x, scale, query, bias, kv, kv_bias, kv, kv_bias, angles, angles)
-        >>> [heads.shape for heads in query_key_value(*args, eps=1e-5, impl="reference")]
-        [(3, 6, 4), (3, 2, 4), (3, 2, 4)]
+        >>> pool, pages, slots = jnp.zeros((5, 2, 7, 4)), jnp.array([4, 0, 5]), jnp.array([6, 0, 1])
+        >>> queries, _, values = project_to_cache(*args, pool, pool, pages, slots, eps=1e-5, impl="reference")
+        >>> queries.shape, [round(values[place].sum().item()) for place in ((4, 0, 6), (0, 1, 0), slice(None))]
+        ((3, 6, 4), [36, 36, 144])
     """
-    run = choose("query_key_value", BACKENDS["query_key_value"], impl)
+    run = choose("project_to_cache", BACKENDS["project_to_cache"], impl)
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    return run(x, norm_scale, *weights, cos, sin, eps=eps)
+    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps)
 
 
 def output(

@@ -1,20 +1,22 @@
 """The projections on Hopper GPUs: which arguments the kernels take, and how their work is cut.
 
 Weights are streamed as published; `product` and `vocabulary` say how. They take a few dozen tokens: beyond, XLA's
-matrix products, which read the weights once for all tokens just the same, are as fast.
+matrix products, which read the weights once for all tokens just the same, are as fast. What follows the product of
+queries, keys and values is a kernel then too.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.projections import heads, residual, routing, vocabulary
+from pallas_kernels.projections import append, heads, reference, residual, routing, vocabulary
 from pallas_kernels.projections.norm import SQUARES
+from pallas_kernels.projections.places import HEAD_DIM
 from pallas_kernels.projections.product import TILE_COLUMNS, UNIT_ROWS, Tiles
 from pallas_kernels.projections.vocabulary import STRIP_ROWS, StreamTiles
 
 MAX_TOKENS = 32
-"""Most rows of a query_key_value or output kernel."""
+"""Most rows of a kernel that multiplies with the weights of queries, keys and values, or of the output."""
 MAX_ROUTED = 128
 """Most rows of a route kernel."""
 MAX_UNEMBEDDED = 32
@@ -28,7 +30,7 @@ _RESERVED_BYTES = 2048
 """Of them, what alignment and the compiler may take."""
 
 
-def query_key_value(
+def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
     query_weight: Float[Array, "N H D"],
@@ -39,27 +41,38 @@ def query_key_value(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
+    keys: Float[Array, "P K slots H"],
+    values: Float[Array, "P K slots H"],
+    pages: Int[Array, " T"],
+    slots: Int[Array, " T"],
     *,
     eps: float,
     tiles: Tiles | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """See `pallas_kernels.projections.query_key_value`."""
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    """See `pallas_kernels.projections.project_to_cache`. Beyond MAX_TOKENS the product is XLA's, and `tiles` unused."""
     (num_tokens, width), head_dim = x.shape, query_weight.shape[1]
-    name = "query_key_value"
+    name = "project_to_cache"
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    _check_dtypes(name, x, norm_scale, *weights)
+    _check_dtypes(name, x, norm_scale, *weights, keys, values)
     _check(name, cos.dtype == sin.dtype == jnp.float32, f"rotations of {cos.dtype} and {sin.dtype}, not float32")
-    _check(name, head_dim == heads.HEAD_DIM, f"heads of {head_dim}, not {heads.HEAD_DIM}")
+    _check(name, pages.dtype == slots.dtype == jnp.int32, f"pages of {pages.dtype}, slots of {slots.dtype}, not int32")
+    _check(name, head_dim == HEAD_DIM, f"heads of {head_dim}, not {HEAD_DIM}")
+    _check(name, num_tokens > 0, "0 tokens, not 1 or more")
+    if num_tokens > MAX_TOKENS:
+        weight = jnp.concatenate([each.reshape(-1, width) for each in (query_weight, key_weight, value_weight)])
+        product = reference.multiply(reference.norm(x, norm_scale, eps=eps), weight)
+        return append.append(product, query_bias, key_bias, value_bias, cos, sin, keys, values, pages, slots)
     _check_sizes(name, num_tokens, width, MAX_TOKENS)
     num_units = (query_weight.shape[0] + 2 * key_weight.shape[0]) * heads.UNITS_PER_HEAD
     if tiles is None:
         warps, depth = (12, 2) if num_tokens <= 8 else (8, 3) if num_tokens <= 16 else (8, 2)
         tiles = Tiles(_units(num_units), warps, depth)
     _check(name, num_units % tiles.units == 0, f"{num_units} units of rows in blocks of {tiles.units}")
-    num_floats = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows) * num_tokens
-    _check_shared(name, 4 * num_floats + 2 * width)
-    queries, keys, values = heads.query_key_value(x, norm_scale, *weights, cos, sin, eps=eps, tiles=tiles)
-    return queries, keys, values
+    num_blocks = num_units // tiles.units
+    _check(name, num_blocks % tiles.sharers == 0, f"{num_blocks} blocks in clusters of {tiles.sharers}")
+    num_words = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows + tiles.rows // 2) * num_tokens
+    _check_shared(name, 4 * num_words + 2 * width)
+    return heads.project_to_cache(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps, tiles=tiles)
 
 
 def output(

@@ -56,6 +56,8 @@ class Norm:
     """`num_tokens` * `SQUARES` floats."""
     shared_scale: Value
     """As many bfloat16 values as columns."""
+    sharers: int = 1
+    """Blocks of the cluster, which norm the same rows and share the sums."""
 
 
 class RootMeanSquare:
@@ -66,13 +68,19 @@ class RootMeanSquare:
 
     def __init__(self, me: Thread, activations: Activations, norm: Norm, num_warps: int) -> None:
         self.me, self.activations, self.norm, self.num_warps = me, activations, norm, num_warps
+        self.num_summers = num_warps * norm.sharers
+        self.summer = me.warp
+        if norm.sharers > 1:
+            block = arith.remui(code.block_index(), code.constant(norm.sharers))
+            self.summer = code.plus(me.warp, code.times(block, num_warps))
+            code.cluster_arrive()  # a block's shared memory may be written to only once it runs
         self.piece_chunks = -(-activations.num_chunks // SQUARES)
-        self.num_turns = -(-activations.num_tokens * SQUARES // num_warps)
+        self.num_turns = -(-activations.num_tokens * SQUARES // self.num_summers)
         self.early = [self._load(turn) for turn in range(min(self.num_turns, _EARLY_TURNS))]
         self.scale = self._load_scale()
 
     def _piece(self, turn: int) -> Value:
-        return code.plus(self.me.warp, turn * self.num_warps)
+        return code.plus(self.summer, turn * self.num_summers)
 
     def _load(self, turn: int) -> list[Value]:
         """This lane's words of the piece of a row that is the warp's at this turn; zeros where there is none."""
@@ -103,14 +111,23 @@ class RootMeanSquare:
             first = 32 * self.num_warps * index
             with mgpu.utils.when(code.less(me.index, activations.num_chunks - first)):
                 code.store_shared_words(pointer, words, 16 * first)
-        is_first_lane = arith.cmpi(arith.CmpIPredicate.eq, me.lane, code.constant(0))
+        if norm.sharers > 1:
+            code.cluster_wait()
         for turn in range(self.num_turns):
             words = self.early[turn] if turn < len(self.early) else self._load(turn)
             squares = code.warp_sum(sum_of_squares(words))
             piece = self._piece(turn)
-            exists = arith.andi(is_first_lane, code.less(piece, SQUARES * activations.num_tokens))
-            code.store_shared_float(code.plus(norm.shared_squares, code.times(piece, 4)), squares, when=exists)
-        code.synchronize()
+            exists = arith.andi(code.less(me.lane, norm.sharers), code.less(piece, SQUARES * activations.num_tokens))
+            place = code.plus(norm.shared_squares, code.times(piece, 4))
+            if norm.sharers > 1:
+                code.store_block_float(place, squares, me.lane, when=exists)
+            else:
+                code.store_shared_float(place, squares, when=exists)
+        if norm.sharers > 1:
+            code.cluster_arrive()
+            code.cluster_wait()
+        else:
+            code.synchronize()
         last = activations.num_tokens - 1
         inverses = []
         for token in own_tokens:

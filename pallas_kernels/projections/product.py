@@ -33,6 +33,8 @@ class Tiles:
     units: int
     warps: int
     depth: int
+    sharers: int = 1
+    """Blocks of a cluster that share what is the same for all of them, where a kernel says so."""
 
     @property
     def rows(self) -> int:

@@ -41,7 +41,7 @@ def query_key_value(
     *,
     eps: float,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """See `pallas_kernels.projections.query_key_value`."""
+    """RMSNorm, then the three projections with their biases, queries and keys rotated."""
     normed = norm(x, norm_scale, eps=eps)
 
     def project(weight: Float[Array, "heads H D"], bias: Float[Array, "heads H"]) -> Float[Array, "T heads H"]:
@@ -56,6 +56,34 @@ def query_key_value(
 
     queries, keys = rotate(project(query_weight, query_bias)), rotate(project(key_weight, key_bias))
     return queries, keys, project(value_weight, value_bias)
+
+
+def project_to_cache(
+    x: Float[Array, "T D"],
+    norm_scale: Float[Array, " D"],
+    query_weight: Float[Array, "N H D"],
+    query_bias: Float[Array, "N H"],
+    key_weight: Float[Array, "K H D"],
+    key_bias: Float[Array, "K H"],
+    value_weight: Float[Array, "K H D"],
+    value_bias: Float[Array, "K H"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    keys: Float[Array, "P K slots H"],
+    values: Float[Array, "P K slots H"],
+    pages: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    """See `pallas_kernels.projections.project_to_cache`."""
+    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
+    queries, *new = query_key_value(x, norm_scale, *weights, cos, sin, eps=eps)
+    keys, values = (
+        pool.at[pages, :, slots].set(heads.astype(pool.dtype), mode="drop")
+        for pool, heads in zip((keys, values), new, strict=True)
+    )
+    return queries, keys, values
 
 
 def output(

@@ -94,6 +94,12 @@ def moved(base: Value, num_bytes: Value) -> Value:
     return arith.addi(base, arith.extui(ir.IntegerType.get_signless(64), num_bytes))
 
 
+def element(base: Value, index: Value, num_bytes: int) -> Value:
+    """The global address of an element of an array, found in 64 bits: arrays may be larger than 4 GB."""
+    wide = ir.IntegerType.get_signless(64)
+    return arith.addi(base, arith.muli(arith.extui(wide, index), mgpu.c(num_bytes, wide)))
+
+
 def _integer(value: Value | int) -> Value:
     return constant(value) if isinstance(value, int) else value
 
@@ -129,6 +135,16 @@ def load_global_bfloat16(pointer: Value) -> Value:
     return arith.bitcast(f32(), arith.shli(arith.extui(i32(), loaded), constant(16)))
 
 
+def load_global_word(pointer: Value) -> Value:
+    """32 bits of global memory."""
+    return assembly([i32()], [pointer], "ld.global.nc.u32 $0, [$1];", "=r,l", effect=True)[0]
+
+
+def load_global_pair(pointer: Value) -> list[Value]:
+    """Two words of global memory, 8-byte aligned."""
+    return assembly([i32()] * 2, [pointer], "ld.global.nc.v2.u32 {$0,$1}, [$2];", "=r,=r,l", effect=True)
+
+
 def load_global_float(pointer: Value) -> Value:
     """One float32 of global memory."""
     return assembly([f32()], [pointer], "ld.global.nc.f32 $0, [$1];", "=f,l", effect=True)[0]
@@ -153,6 +169,11 @@ def store_global_float(pointer: Value, value: Value, offset: int = 0, *, when: V
 def store_global_word(pointer: Value, value: Value) -> None:
     """Store 32 bits."""
     assembly([], [pointer, value], "st.global.u32 [$0], $1;", "l,r", effect=True)
+
+
+def store_global_pair(pointer: Value, words: Sequence[Value], offset: int = 0) -> None:
+    """Store two words, 8-byte aligned."""
+    assembly([], [pointer, *words], f"st.global.v2.u32 [$0+{offset}], {{$1,$2}};", "l,r,r", effect=True)
 
 
 def store_global_words(pointer: Value, words: Sequence[Value], offset: int = 0) -> None:
@@ -303,3 +324,12 @@ def store_first_block_float(pointer: Value, value: Value) -> None:
     """Store a float32 at the same shared address in the cluster's first block."""
     code = "{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, 0; st.shared::cluster.f32 [a], $1; }"
     assembly([], [pointer, value], code, "r,f", effect=True)
+
+
+def store_block_float(pointer: Value, value: Value, block: Value, *, when: Value) -> None:
+    """Store a float32 at the same shared address in one of the cluster's blocks, if `when` is set."""
+    code = (
+        "{ .reg .b32 a; .reg .pred p; setp.ne.u32 p, $3, 0; @p mapa.shared::cluster.u32 a, $0, $2; "
+        "@p st.shared::cluster.f32 [a], $1; }"
+    )
+    assembly([], [pointer, value, block, arith.extui(i32(), when)], code, "r,f,r,r", effect=True)

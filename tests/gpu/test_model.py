@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gptoss_jax.bench.weights import random_model
 from gptoss_jax.config import gpt_oss_20b, gpt_oss_120b
 from gptoss_jax.generation.generate import generate
 from gptoss_jax.generation.sampling import Sampling
 from gptoss_jax.generation.steps import prefill
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import abstract, fill, leaves, prepare
-from tests.tiny import random_model
+from gptoss_jax.model.transformer import abstract, fill, leaves
 
 pytestmark = pytest.mark.gpu
 
@@ -22,6 +22,8 @@ DECODED_TOKENS = 70
 # Of the logits' standard deviation; as in tests/parity, where the recipe makes 0.05 this share.
 MARGIN = 0.2
 AGREEMENT = 0.99
+# Of the logits' norm. The plain bfloat16 model on a CPU is 1.6e-2 away from float32 (20b, this seed).
+ERROR = 2e-2
 
 
 def wide(config, num_layers: int = 4):
@@ -29,11 +31,6 @@ def wide(config, num_layers: int = 4):
     return dataclasses.replace(
         config, num_layers=num_layers, layer_kinds=config.layer_kinds[:num_layers], vocab_size=8192
     )
-
-
-def published_like(config):
-    """Random weights with which a network this wide is well behaved."""
-    return random_model(config, dtype=jnp.bfloat16, seed=5, spread=0.02, scale_bytes=(119, 121))
 
 
 def teacher_forced(model, tokens: np.ndarray) -> np.ndarray:
@@ -51,33 +48,34 @@ def teacher_forced(model, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("config", [gpt_oss_20b(), gpt_oss_120b()], ids=["20b", "120b"])
-@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_hopper_logits_are_as_good_as_bfloat16_can_be(config, batch):
     config = wide(config)
     tokens = np.random.default_rng(batch).integers(0, config.vocab_size, (batch, PROMPT_TOKENS + DECODED_TOKENS))
     tokens = tokens.astype(np.int32)
-    found = teacher_forced(prepare(published_like(config)), tokens)
+    found = teacher_forced(random_model(config, seed=5), tokens)
     expected = np.asarray(rounded_in_float32(config)(tokens))[:, PROMPT_TOKENS - 1 : -1]
 
     second, first = np.sort(expected, axis=-1)[..., -2:].transpose(2, 0, 1)
     counted = first - second > MARGIN * expected.std()
     agree = found.argmax(axis=-1) == expected.argmax(axis=-1)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert counted.sum() > 30
-    assert agree[counted].mean() >= AGREEMENT, f"{agree[counted].mean():.4f} of {counted.sum()}, error {error:.2e}"
-    assert error < 2e-2
+    print(f"top-1 {agree[counted].mean():.4f} of {counted.sum()} counted, error {error:.2e}")  # noqa: T201
+    assert counted.sum() > 15
+    assert agree[counted].mean() >= AGREEMENT
+    assert error < ERROR
 
 
 def rounded_in_float32(config):
     """The float32 model that holds exactly the bfloat16 model's weights; the reference implementation runs it."""
-    narrow = published_like(config)
+    narrow = random_model(config, seed=5, impl="reference")
     model = abstract(config, dtype=jnp.float32, impl="reference")
     values = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(narrow))}
     return fill(model, {path: values[path].astype(leaf.dtype) for path, leaf in leaves(model).items()})
 
 
 def test_tokens_do_not_change_from_run_to_run():
-    model = prepare(random_model(wide(gpt_oss_20b(), 2), dtype=jnp.bfloat16, seed=1))
+    model = random_model(wide(gpt_oss_20b(), 2), seed=1)
     prompts = [np.random.default_rng(row).integers(0, 8192, 30 + row).tolist() for row in range(5)]
     first, second = (
         [c.ids for c in generate(model, prompts, Sampling(seed=3), max_new_tokens=40, stop_ids=())] for _ in range(2)

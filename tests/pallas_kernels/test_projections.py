@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.projections import hopper, output, query_key_value, route, unembed
+from pallas_kernels.projections import hopper, output, project_to_cache, reference, route, unembed
 from pallas_kernels.projections.product import Tiles
 
 EPS = 1e-5
 D, N, K, H, E, V = 192, 6, 2, 64, 40, 208
+SLOTS = 24
 
 
 def random(seed: int, *shape: int, scale: float = 1.0, dtype=jnp.bfloat16) -> jax.Array:
@@ -24,6 +25,15 @@ def heads_case(num_tokens: int, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
     angle = random(20, num_tokens, H // 2, dtype=jnp.float32)
     x, scale = random(21, num_tokens, D, scale=3.0, dtype=dtype), random(22, D, dtype=dtype)
     return x, scale, *weights, jnp.cos(angle), jnp.sin(angle)
+
+
+def cache_case(num_tokens: int, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
+    """Tokens in places all over the pools, every fifth of them nowhere."""
+    num_pages = num_tokens // SLOTS + 2
+    places = np.random.default_rng(num_tokens).permutation(num_pages * SLOTS)[:num_tokens]
+    pages = np.where(np.arange(num_tokens) % 5 == 3, num_pages + np.arange(num_tokens), places // SLOTS)
+    pools = (random(seed, num_pages, K, SLOTS, H, dtype=dtype) for seed in (60, 61))
+    return *heads_case(num_tokens, dtype), *pools, jnp.int32(pages), jnp.int32(places % SLOTS)
 
 
 def output_case(num_tokens: int, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
@@ -67,8 +77,34 @@ def test_queries_and_keys_are_rotated_and_values_are_not():
     normed = exact_norm(x, scale)
     wanted = [exact_heads(normed, *each) for each in zip(weights[::2], weights[1::2], strict=True)]
     wanted[:2] = [turned(heads, cos, sin) for heads in wanted[:2]]
-    for got, want in zip(query_key_value(x, scale, *weights, cos, sin, eps=EPS), wanted, strict=True):
+    pool, places = jnp.zeros((1, K, 5, H)), jnp.arange(5)
+    queries, *pools = project_to_cache(x, scale, *weights, cos, sin, pool, pool, 0 * places, places, eps=EPS)
+    for got, want in zip([queries, *(pool[0].swapaxes(0, 1) for pool in pools)], wanted, strict=True):
         np.testing.assert_allclose(exact(got), want, **TOLERANCE)
+
+
+def test_only_the_places_given_change_and_tokens_past_the_pool_go_nowhere():
+    *arguments, keys, values, pages, slots = cache_case(13)
+    queries, *new = reference.query_key_value(*arguments, eps=EPS)
+    got, *pools = project_to_cache(*arguments, keys, values, pages, slots, eps=EPS)
+    np.testing.assert_array_equal(got, queries)
+    for pool, before, heads in zip(pools, (keys, values), new, strict=True):
+        want = np.array(before)
+        for token, (page, slot) in enumerate(zip(pages.tolist(), slots.tolist(), strict=True)):
+            if page < len(want):
+                want[page, :, slot] = heads[token]
+        np.testing.assert_array_equal(pool, want)
+    assert (np.asarray(pages) >= len(keys)).sum() == 2
+
+
+def test_pools_keep_their_dtype():
+    *arguments, keys, values, pages, slots = cache_case(3, jnp.float32)
+    pools = keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
+    queries, *got = project_to_cache(*arguments, *pools, pages, slots, eps=EPS)
+    _, *want = project_to_cache(*arguments, keys, values, pages, slots, eps=EPS)
+    assert queries.dtype == jnp.float32
+    for pool, wide in zip(got, want, strict=True):
+        np.testing.assert_array_equal(pool, wide.astype(jnp.bfloat16))
 
 
 def test_output_is_added_to_the_residual():
@@ -106,7 +142,7 @@ def test_bfloat16_is_rounded_after_the_bias_and_after_every_step_of_the_rotation
     narrow_cos, narrow_sin = (table.astype(x.dtype)[:, None] for table in (cos, sin))
     with jax.disable_jit():
         want = jnp.concatenate([one * narrow_cos - two * narrow_sin, two * narrow_cos + one * narrow_sin], axis=-1)
-        got, _, _ = query_key_value(x, scale, *weights, cos, sin, eps=EPS)
+        got, _, _ = reference.query_key_value(x, scale, *weights, cos, sin, eps=EPS)
     assert (exact(got) != exact(want)).mean() < 0.01  # where float32 and float64 round to different neighbours
 
 
@@ -118,10 +154,25 @@ def test_equal_scores_go_to_the_lower_expert():
     np.testing.assert_allclose(shares, 0.25)
 
 
+def with_pools(arguments: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
+    return *arguments[:-4], *(pool.astype(dtype) for pool in arguments[-4:-2]), *arguments[-2:]
+
+
+def narrow_heads(arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    x, scale, *weights, cos, sin, keys, values, pages, slots = arguments
+    weights = (each[:, : H // 2] for each in weights)
+    angles, pools = (cos[:, : H // 4], sin[:, : H // 4]), (keys[..., : H // 2], values[..., : H // 2])
+    return x, scale, *weights, *angles, *pools, pages, slots
+
+
 UNSUPPORTED = {
-    "float32": lambda: hopper.query_key_value(*heads_case(3, jnp.float32), eps=EPS),
-    "65 tokens": lambda: hopper.query_key_value(*heads_case(65), eps=EPS),
-    "80 units of rows in blocks of 3": lambda: hopper.query_key_value(*heads_case(3), eps=EPS, tiles=Tiles(3, 4, 1)),
+    "float32, not bfloat16": lambda: hopper.project_to_cache(*cache_case(3, jnp.float32), eps=EPS),
+    "arrays of bfloat16, float32": lambda: hopper.project_to_cache(*with_pools(cache_case(40), jnp.float32), eps=EPS),
+    "0 tokens, not": lambda: hopper.project_to_cache(*cache_case(0), eps=EPS),
+    "slots of int8": lambda: hopper.project_to_cache(*cache_case(3)[:-1], jnp.int8([0, 1, 2]), eps=EPS),
+    "heads of 32": lambda: hopper.project_to_cache(*narrow_heads(cache_case(3)), eps=EPS),
+    "80 units of rows in blocks of 3": lambda: hopper.project_to_cache(*cache_case(3), eps=EPS, tiles=Tiles(3, 4, 1)),
+    "16 blocks in clusters of 3": lambda: hopper.project_to_cache(*cache_case(3), eps=EPS, tiles=Tiles(5, 8, 2, 3)),
     "0 tokens": lambda: hopper.output(*output_case(0)),
     "129 tokens": lambda: hopper.route(*router_case(129), eps=EPS, experts_per_token=4),
     "264 experts": lambda: hopper.route(*router_case(1, num_experts=264), eps=EPS, experts_per_token=4),
@@ -138,6 +189,16 @@ def test_hopper_says_what_it_cannot_take(message: str):
         UNSUPPORTED[message]()
 
 
+@pytest.mark.parametrize("num_tokens", [8, 40])
+def test_hopper_writes_into_the_pools(num_tokens: int):
+    """The kernel takes the pools as references: what it returns of its own are the queries."""
+    traced = jax.make_jaxpr(lambda *arguments: hopper.project_to_cache(*arguments, eps=EPS))(*cache_case(num_tokens))
+    names = [equation.primitive.name for equation in traced.eqns]
+    assert "scatter" not in names
+    [kernel] = (equation for equation in traced.eqns if "custom_vmap" in equation.primitive.name)
+    assert [out.aval.shape for out in kernel.outvars] == [(num_tokens, N, H)]
+
+
 def relative_error(got: jax.Array, want: jax.Array) -> float:
     return float(np.linalg.norm(exact(got) - exact(want)) / np.linalg.norm(exact(want)))
 
@@ -146,7 +207,7 @@ def relative_error(got: jax.Array, want: jax.Array) -> float:
 @pytest.mark.parametrize("num_tokens", [1, 2, 8, 13, 32])
 def test_hopper_agrees_with_the_reference(num_tokens: int):
     cases = [
-        (query_key_value, heads_case(num_tokens), {"eps": EPS}),
+        (project_to_cache, cache_case(num_tokens), {"eps": EPS}),
         (output, output_case(num_tokens), {}),
         (route, router_case(num_tokens), {"eps": EPS, "experts_per_token": 4}),
         (unembed, unembed_case(num_tokens), {"eps": EPS}),
@@ -155,3 +216,20 @@ def test_hopper_agrees_with_the_reference(num_tokens: int):
         wanted = jax.tree.leaves(function(*args, **kwargs, impl="reference"))
         for got, want in zip(jax.tree.leaves(function(*args, **kwargs, impl="hopper")), wanted, strict=True):
             assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.gpu
+def test_blocks_that_share_sums_give_the_same_bits():
+    alone, together = (
+        hopper.project_to_cache(*cache_case(13), eps=EPS, tiles=Tiles(5, 8, 2, sharers)) for sharers in (1, 4)
+    )
+    for one, two in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [33, 300, 4096])
+def test_hopper_finishes_the_product_of_many_tokens(num_tokens: int):
+    wanted = project_to_cache(*cache_case(num_tokens), eps=EPS, impl="reference")
+    for got, want in zip(project_to_cache(*cache_case(num_tokens), eps=EPS, impl="hopper"), wanted, strict=True):
+        assert relative_error(got, want) < 4e-3
