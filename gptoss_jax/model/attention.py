@@ -89,5 +89,5 @@ def _project_write_attend(
         keys, values, step.pages.reshape(-1), step.slots.reshape(-1), eps=eps, impl=impl,
     )  # fmt: skip
     queries = queries.reshape(batch, num_tokens, *queries.shape[1:])
-    attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, impl=impl)
+    attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, window=step.window, impl=impl)
     return attended, keys, values

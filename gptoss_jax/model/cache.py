@@ -39,6 +39,8 @@ class Step:
     """`B T`: the first key visible to each token, counted in slots from the table's beginning."""
     last: Any
     """`B T`: the last one; below `first` for tokens that are padding."""
+    window: int = dataclasses.field(metadata={"static": True})
+    """The most keys that a token sees."""
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +159,7 @@ class Cache:
                 table=jnp.take_along_axis(table, entries, axis=1),
                 first=jnp.maximum(position - window + 1, 0) - base,
                 last=jnp.where(is_token, position - base, -1),
+                window=window,
             )
 
         return per_row(plan)(self.tables[kind], self.lengths, counts)

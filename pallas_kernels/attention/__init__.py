@@ -1,5 +1,6 @@
 """Attention of a few queries over paged keys and values, with learned sinks."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import hopper, reference
@@ -7,12 +8,8 @@ from pallas_kernels.dispatch import Impl, choose
 
 __all__ = ["attention"]
 
-BACKENDS = {
-    "reference": reference.attention,
-    "cpu": reference.attention,
-    "hopper": hopper.attention,
-    "gpu": hopper.attention,
-}
+_hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
+BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper, "gpu": _hopper}
 
 
 def attention(
@@ -24,6 +21,7 @@ def attention(
     last: Int[Array, "B T"],
     sinks: Float[Array, " N"],
     *,
+    window: int | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend from each query to the keys first..last (inclusive) of its row.
@@ -35,6 +33,10 @@ def attention(
     accumulation in float32, the result in the queries' dtype. Slots outside first..last may hold anything, NaN
     included. Local arrays: call inside shard_map.
 
+    `window` promises that no query sees more keys than that, so that a kernel can cut its work accordingly; what each
+    one sees is first..last all the same.
+
     Raises Unsupported if the named implementation cannot run these arguments.
     """
-    return choose("attention", BACKENDS, impl)(queries, keys, values, page_table, first, last, sinks)
+    run = choose("attention", BACKENDS, impl)
+    return run(queries, keys, values, page_table, first, last, sinks, window=window)

@@ -22,6 +22,7 @@ def attention(
     last: Int[Array, "B T"],
     sinks: Float[Array, " N"],
     *,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """See `pallas_kernels.attention.attention`; bfloat16, width 64, pages of 64 slots, up to 8 query heads a kv head.
@@ -42,7 +43,12 @@ def attention(
         grouped = jnp.pad(grouped, ((0, 0),) * 3 + ((0, GROUP - group), (0, 0)))
         grouped_sinks = jnp.pad(grouped_sinks, ((0, 0), (0, GROUP - group)))
     form = hopper_decode if num_tokens <= MAX_DECODE_TOKENS else hopper_prefill
-    attended = form.attention(grouped, keys, values, page_table, first, last, grouped_sinks, interpret=interpret)
+    most_pages = page_table.shape[1]
+    if window is not None:
+        most_pages = min(most_pages, -(-(window - 1) // PAGE_SLOTS) + 1)
+    attended = form.attention(
+        grouped, keys, values, page_table, first, last, grouped_sinks, most_pages=most_pages, interpret=interpret
+    )
     return attended[:, :, :, :group].reshape(queries.shape)
 
 

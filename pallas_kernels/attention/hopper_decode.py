@@ -16,13 +16,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.hopper_decode_parts import Parts, hardware, interpreted
-from pallas_kernels.attention.hopper_decode_registers import SLOTS
+from pallas_kernels.attention.hopper_decode_registers import ENTRIES, SLOTS
 
 MAX_BLOCK_TOKENS = 2
 """Tokens a block attends for: with 8 query heads each, they fill the 16 rows of mma."""
 NUM_MULTIPROCESSORS = 132
-NARROW_TABLE = 12
-"""Up to so many pages, one block reads them all: the windows of sliding layers."""
+FEW_PAGES = 12
+"""Up to so many, one block reads them all: the windows of sliding layers."""
+MODERATE_PAGES = 64
+"""Up to so many, eight blocks are done before more loads in flight would pay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +36,29 @@ class Tuning:
     warpgroups: int
     """Of a block."""
     depth: int = 2
-    """Pages on their way to a warpgroup: 32 registers each."""
+    """Pages on their way to a warpgroup."""
+    shared: bool = True
+    """Whether they wait in shared memory, 16 KB each, and not in 32 registers a thread."""
 
     @classmethod
-    def of(cls, num_blocks: int, num_pages: int, block_tokens: int) -> "Tuning":
-        """For so many pairs of tokens x kv heads, and so many pages in a row's table."""
-        most = 4 if block_tokens == 1 else 2  # two tokens need more registers than four warpgroups leave a thread
-        if num_pages <= NARROW_TABLE:
-            return cls(splits=1, warpgroups=most)
-        splits = 8
+    def of(cls, num_blocks: int, most_pages: int, block_tokens: int) -> "Tuning":
+        """For so many pairs of tokens x kv heads, each of which sees at most so many pages.
+
+        H200, 2026-11-22, us a call: a window of 128 at batch 1, 8, 32, 128: 2.8, 3.0, 5.4, 14.6; 1024 keys: 3.7, 8.3,
+        21.7, 73.8 (3.6 TB/s); 131,072 keys at batch 1: 78 (3.4 TB/s).
+        """
+        splits = 8 if most_pages > FEW_PAGES else 1
         while splits > 1 and num_blocks * splits > NUM_MULTIPROCESSORS:
             splits //= 2
-        return cls(splits, warpgroups=most if num_blocks * splits <= NUM_MULTIPROCESSORS else 2)
+        if block_tokens > 1:
+            return cls(splits, warpgroups=2)
+        small = num_blocks * splits > 2 * NUM_MULTIPROCESSORS  # several blocks to a multiprocessor
+        if most_pages <= FEW_PAGES:
+            return cls(splits, warpgroups=4 if num_blocks <= 16 else 1 if small else 2, depth=1)
+        if splits == 8 and most_pages <= MODERATE_PAGES:
+            return cls(splits, warpgroups=2, depth=1)
+        many = num_blocks * splits > NUM_MULTIPROCESSORS
+        return cls(splits, warpgroups=1 if small else 2 if many else 4, shared=False)
 
 
 def attention(
@@ -57,6 +70,7 @@ def attention(
     last: Int[Array, "B T"],
     sinks: Float[Array, "K G"],
     *,
+    most_pages: int,
     interpret: bool = False,
     tuning: Tuning | None = None,
 ) -> Float[Array, "B T K G H"]:
@@ -64,11 +78,11 @@ def attention(
     batch, num_tokens, num_kv_heads = queries.shape[:3]
     block_tokens = min(num_tokens, MAX_BLOCK_TOKENS)
     num_pairs = -(-num_tokens // block_tokens)
-    tuning = tuning or Tuning.of(batch * num_pairs * num_kv_heads, page_table.shape[1], block_tokens)
+    tuning = tuning or Tuning.of(batch * num_pairs * num_kv_heads, most_pages, block_tokens)
     if interpret:
         tuning = dataclasses.replace(tuning, splits=1)
     make_parts = interpreted if interpret else hardware
-    parts = make_parts(block_tokens, warpgroups=tuning.warpgroups, splits=tuning.splits)
+    parts = make_parts(block_tokens, **dataclasses.asdict(tuning))
     kernel = plgpu.kernel(
         functools.partial(_block, tuning=tuning, parts=parts, block_tokens=block_tokens),
         out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
@@ -110,6 +124,18 @@ def _block(
     row, pair, head = lax.axis_index("row"), lax.axis_index("pair"), lax.axis_index("head")
     warpgroup = lax.axis_index("warpgroup")
     split = lax.axis_index("split") if tuning.splits > 1 else 0
+    workers = tuning.splits * tuning.warpgroups
+    worker = split * tuning.warpgroups + warpgroup
+    table_length, depth = table.shape[1], tuning.depth
+
+    # All that is small is asked for at once; of a long table, the pages if the first that is seen is page 0.
+    sink = parts.load_sinks(sinks.at[head])
+    entries = parts.load_entries(table.at[row]) if table_length <= ENTRIES else None
+    guessed = (
+        []
+        if entries is not None
+        else [table[row, jnp.minimum(worker + step * workers, table_length - 1)] for step in range(2 * depth)]
+    )
     num_tokens = queries.shape[1]
     tokens = [block_tokens * pair + i for i in range(block_tokens)]
     clamped = [jnp.minimum(token, num_tokens - 1) for token in tokens]
@@ -118,24 +144,36 @@ def _block(
         for token, at in zip(tokens, clamped, strict=True)
     ]
     begin, num_pages = _visible_pages(bounds)
-    workers = tuning.splits * tuning.warpgroups
-    worker = split * tuning.warpgroups + warpgroup
     num_own = lax.div(num_pages - worker + workers - 1, workers)
 
     def page_of(step):
         return begin + worker + step * workers
 
     def number_of(step):
-        number = table[row, jnp.minimum(page_of(step), table.shape[1] - 1)]
+        page = jnp.minimum(page_of(step), table_length - 1)
+        number = table[row, page] if entries is None else parts.entry(entries, page)
         return jnp.clip(number, 0, keys.shape[0] - 1)
 
-    def load(step, number):
-        return parts.load_page(step < num_own, keys.at[number, head], values.at[number, head])
+    def read_first_numbers():
+        if entries is not None:
+            return [number_of(step) for step in range(2 * depth)]
 
-    depth = tuning.depth
+        def read():
+            return [table[row, jnp.minimum(page_of(step), table_length - 1)] for step in range(2 * depth)]
+
+        numbers = lax.cond(begin == 0, lambda: guessed, read)
+        return [jnp.clip(number, 0, keys.shape[0] - 1) for number in numbers]
+
+    def place_of(place):
+        return memory["pages"].at[warpgroup, place] if "pages" in memory else None
+
+    def load(step, number, place):
+        return parts.load_page(step < num_own, keys.at[number, head], values.at[number, head], place_of(place))
+
+    first_numbers = read_first_numbers()
     fragment = parts.load_queries(*[queries.at[row, at, head] for at in clamped])
-    pages = [load(step, number_of(step)) for step in range(depth)]
-    numbers = [number_of(depth + step) for step in range(depth)]
+    pages = [load(step, first_numbers[step], step) for step in range(depth)]
+    numbers = first_numbers[depth:]
 
     def round_(index, carry):
         state, pages, numbers = carry
@@ -144,9 +182,9 @@ def _block(
             step = index * depth + place
             base = page_of(step) * SLOTS
             relative = [(low - base, high - base) for low, high in bounds]
-            attend = functools.partial(parts.attend, fragment, pages[place], relative)
+            attend = functools.partial(parts.attend, fragment, pages[place], place_of(place), relative)
             state = lax.cond(step < num_own, attend, lambda state: state, state)
-            pages[place] = load(step + depth, numbers[place])
+            pages[place] = load(step + depth, numbers[place], place)
             numbers[place] = number_of(step + 2 * depth)
         return state, tuple(pages), tuple(numbers)
 
@@ -160,7 +198,7 @@ def _block(
         plgpu.barrier_wait(arrived)
         targets = [out.at[row, at, head] for at in clamped]
         valid = [token < num_tokens for token in tokens]
-        parts.finish(memory, sinks.at[head], targets, valid, split)
+        parts.finish(memory, sink, targets, valid, split)
 
 
 def _visible_pages(bounds: list[tuple[Array, Array]]) -> tuple[Int[Array, ""], Int[Array, ""]]:

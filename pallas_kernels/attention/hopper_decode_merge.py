@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -21,6 +22,7 @@ from pallas_kernels.attention.hopper_decode_registers import (
     PART_VALUES,
     SCALAR,
     WIDTH,
+    array_of,
     lane_of_thread,
     moved,
     state_layouts,
@@ -116,14 +118,28 @@ def send(num_tokens: int, count: int) -> Callable[..., None]:
     return send
 
 
+_PER_THREAD = plgpu.Layout.WG_STRIDED((128,), 1)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((128,), jnp.float32, layout=_PER_THREAD)
+)
+def load_sinks(_, sinks):
+    """In base 2, the sink of the head that a thread will merge. Early: nobody has to wait for it then."""
+    head, _ = _merging_thread()
+    sink = arith.mulf(_load_float(sinks, head), mgpu.c(LOG2_E, hopper.f32()))
+    return array_of([arith.maximumf(sink, mgpu.c(LOWEST, hopper.f32()))], _PER_THREAD, signed=None)
+
+
 def finish(num_tokens: int, count: int) -> Callable[..., None]:
     """Merge parts, add the sink to the denominators, and write the tokens that exist."""
 
-    @plgpu.inline_mgpu(arg_types=(*((plgpu.RefType(),) * 3), (plgpu.RefType(),) * num_tokens, (SCALAR,) * num_tokens))
+    targets_and_valid = (plgpu.RefType(),) * num_tokens, (SCALAR,) * num_tokens
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _PER_THREAD, *targets_and_valid))
     def finish(_, weighted_memory, sums_memory, sinks, targets, valid):
         head, run = _merging_thread()
-        sink = arith.mulf(_load_float(sinks, head), mgpu.c(LOG2_E, hopper.f32()))
-        sink = arith.maximumf(sink, mgpu.c(LOWEST, hopper.f32()))
+        sink = values_of(sinks)[0]
         merged = _merged(weighted_memory, sums_memory, count, num_tokens)
         for (weighted, largest, denominator), target, exists in zip(merged, targets, valid, strict=True):
             top = arith.maximumf(largest, sink)

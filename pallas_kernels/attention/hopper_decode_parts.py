@@ -27,22 +27,31 @@ class Parts:
     """Shapes of the float32 scratch in shared memory."""
     load_queries: Callable[..., Any]
     """(a ref of each token's `G H`) -> queries."""
+    load_entries: Callable[..., Any]
+    """(ref of a row's page table of at most `ENTRIES` entries) -> entries."""
+    entry: Callable[..., Any]
+    """(entries, index) -> the entry."""
+    load_sinks: Callable[..., Any]
+    """(ref of a kv head's sinks) -> sinks, for `finish`."""
     load_page: Callable[..., Any]
-    """(whether there is such a page, ref of its keys, ref of its values) -> page, on its way."""
+    """(whether there is such a page, ref of its keys, ref of its values, place) -> page, on its way.
+
+    `place` is a ref of `memory["pages"]`, where there is one.
+    """
     start: Callable[[], Any]
     """() -> the state before the first page."""
     attend: Callable[..., Any]
-    """(queries, page, each token's first and last slot counted from the page's first, state) -> state."""
+    """(queries, page, place, each token's first and last slot counted from the page's first, state) -> state."""
     store: Callable[..., None]
     """(state, memory, warpgroup) -> nothing."""
     finish: Callable[..., None]
-    """(memory, ref of the sinks, refs of the tokens' `G H` answers, which of them to write, split) -> nothing."""
+    """(memory, sinks, refs of the tokens' `G H` answers, which of them to write, split) -> nothing."""
 
 
-def hardware(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
+def hardware(num_tokens: int, *, warpgroups: int, splits: int, depth: int, shared: bool) -> Parts:
     """The pieces as inline PTX."""
     parts_of_block = WARPS * warpgroups
-    memory = {
+    memory: dict[str, tuple[int, ...]] = {
         "weighted": (parts_of_block, num_tokens * registers.PART_VALUES),
         "sums": (parts_of_block, 2 * num_tokens * GROUP),
     }
@@ -52,13 +61,24 @@ def hardware(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
             "cluster_sums": (splits, 2 * num_tokens * GROUP),
         }
 
+    if shared:
+        memory["pages"] = (warpgroups, depth, registers.PAGE_BYTES // 4)
+
+    def load_page(present, keys, values, place):
+        if not shared:
+            return registers.load_page()(present, keys, values)
+        registers.fetch_page()(present, keys, values, place)
+        return ()
+
     def start():
         return tuple(
             plgpu.layout_cast(jnp.full(layout.args[0], value, jnp.float32), layout)
             for value, layout in zip((LOWEST, 0.0, 0.0), registers.state_layouts(num_tokens), strict=True)
         )
 
-    def attend(queries, page, bounds, state):
+    def attend(queries, page, place, bounds, state):
+        if shared:
+            page = registers.take_page(depth - 1)(place)
         return registers.attend(num_tokens)(queries, *page, *sum(bounds, ()), *state)
 
     def store(state, memory, warpgroup):
@@ -80,7 +100,10 @@ def hardware(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
     return Parts(
         memory=memory,
         load_queries=registers.load_queries(num_tokens),
-        load_page=registers.load_page,
+        load_entries=lambda table: registers.load_entries(table.shape[0])(table),
+        entry=registers.entry,
+        load_sinks=merging.load_sinks,
+        load_page=load_page,
         start=start,
         attend=attend,
         store=store,
@@ -88,19 +111,21 @@ def hardware(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
     )
 
 
-def interpreted(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
+def interpreted(num_tokens: int, *, warpgroups: int, splits: int, depth: int, shared: bool) -> Parts:
     """The pieces as jax.numpy: one softmax a warpgroup instead of one a warp, and no cluster."""
     assert splits == 1, splits
+    del depth, shared
     rows = GROUP * num_tokens
 
-    def load_page(present, keys, values):
-        del present
+    def load_page(present, keys, values, place):
+        del present, place
         return keys[...], values[...]
 
     def start():
         return jnp.full(rows, LOWEST, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((rows, WIDTH), jnp.float32)
 
-    def attend(queries, page, bounds, state):
+    def attend(queries, page, place, bounds, state):
+        del place
         keys, values = page
         slot = lax.broadcasted_iota(jnp.int32, (num_tokens, GROUP, SLOTS), 2)
         low, high = (jnp.stack(ends)[:, None, None] for ends in zip(*bounds, strict=True))
@@ -118,7 +143,7 @@ def interpreted(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
         del split
         loaded = [memory[name][...] for name in ("largest", "denominators", "weighted")]
         largest, denominators, weighted = _join([tuple(part[i] for part in loaded) for i in range(warpgroups)])
-        sink = jnp.tile(jnp.maximum(sinks[...].astype(jnp.float32) * LOG2_E, LOWEST), num_tokens)
+        sink = jnp.tile(jnp.maximum(sinks.astype(jnp.float32) * LOG2_E, LOWEST), num_tokens)
         top = jnp.maximum(largest, sink)
         shrink = jnp.exp2(largest - top)
         answers = weighted * (shrink / (denominators * shrink + jnp.exp2(sink - top)))[:, None]
@@ -136,6 +161,9 @@ def interpreted(num_tokens: int, *, warpgroups: int, splits: int) -> Parts:
             "weighted": (warpgroups, rows, WIDTH),
         },
         load_queries=lambda *refs: jnp.concatenate([ref[...] for ref in refs]),
+        load_entries=lambda table: table,
+        entry=lambda table, index: table[index],
+        load_sinks=lambda sinks: sinks[...],
         load_page=load_page,
         start=start,
         attend=attend,

@@ -106,27 +106,113 @@ def load_queries(num_tokens: int) -> Callable[..., Any]:
 _PAGE_WORDS = SLOTS * WIDTH // 2
 
 
-@plgpu.inline_mgpu(
-    arg_types=(SCALAR, plgpu.RefType(), plgpu.RefType()),
-    return_type=(plgpu.ShapeDtypeStruct((_PAGE_WORDS,), jnp.uint32, layout=vectors(_PAGE_WORDS)),) * 2,
-)
-def load_page(_, present, keys, values):
-    """Of a warp's 16 keys: for the scores keys g and 8 + g, for the values keys 2t, 2t + 1, 8 + 2t and 9 + 2t."""
-    present = present.registers.item()
+def _page_runs(keys: ir.Value, values: ir.Value) -> list[tuple[ir.Value, int]]:
+    """Where a lane's eight 16-byte runs of a page lie: address and offset.
+
+    Of a warp's 16 keys: for the scores keys g and 8 + g, for the values keys 2t, 2t + 1, 8 + 2t and 9 + 2t.
+    """
     warp, g, t = lane_of_thread()
     row = 2 * WIDTH
     key_pointer = moved(hopper.address(keys), (warp, 16 * row), (g, row), (t, 16))
     value_pointer = moved(hopper.address(values), (warp, 16 * row), (t, 2 * row), (g, 16))
-    loaded = []
-    for pointer, offsets in (
-        (key_pointer, (0, 64, 8 * row, 8 * row + 64)),
-        (value_pointer, (0, row, 8 * row, 9 * row)),
-    ):
-        words = []
-        for offset in offsets:
-            words += hopper.load_vector_if(present, pointer, offset, hint=hopper.STREAMED)
-        loaded.append(array_of(words, vectors(_PAGE_WORDS), signed=False))
-    return tuple(loaded)
+    key_runs = [(key_pointer, offset) for offset in (0, 64, 8 * row, 8 * row + 64)]
+    return key_runs + [(value_pointer, offset) for offset in (0, row, 8 * row, 9 * row)]
+
+
+def load_page() -> Callable[..., Any]:
+    """A page on its way to registers."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(SCALAR, plgpu.RefType(), plgpu.RefType()),
+        return_type=(plgpu.ShapeDtypeStruct((_PAGE_WORDS,), jnp.uint32, layout=vectors(_PAGE_WORDS)),) * 2,
+    )
+    def load_page(_, present, keys, values):
+        present = present.registers.item()
+        return _page(
+            [
+                hopper.load_vector_if(present, pointer, offset, hint=hopper.STREAMED)
+                for pointer, offset in _page_runs(keys, values)
+            ]
+        )
+
+    return load_page
+
+
+def _page(runs: list[list[ir.Value]]):
+    halves = ([word for run in half for word in run] for half in (runs[:4], runs[4:]))
+    return tuple(array_of(words, vectors(_PAGE_WORDS), signed=False) for words in halves)
+
+
+RUN_BYTES = 16
+PAGE_BYTES = 128 * 8 * RUN_BYTES
+
+
+def _own_run(place: ir.Value) -> ir.Value:
+    """The address of a thread's first run in a page's place in shared memory; the others are 128 runs apart."""
+    thread = arith.remui(mgpu.utils.thread_idx(), hopper.constant(128))
+    return moved(hopper.shared_address(place), (thread, RUN_BYTES))
+
+
+def fetch_page() -> Callable[..., None]:
+    """A page on its way to shared memory, every run to where only the thread that asked for it looks."""
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR, plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
+    def fetch_page(_, present, keys, values, place):
+        present, target = present.registers.item(), _own_run(place)
+        for index, (pointer, offset) in enumerate(_page_runs(keys, values)):
+            to = 128 * RUN_BYTES * index
+            code = f"@$2 cp.async.cg.shared.global.L2::256B [$0+{to}], [$1+{offset}], {RUN_BYTES};"
+            hopper.assembly([], [target, pointer, present], code, "r,l,b", effect=True)
+        hopper.assembly([], [], "cp.async.commit_group;", "", effect=True)
+
+    return fetch_page
+
+
+def take_page(pending: int) -> Callable[..., Any]:
+    """The page that `fetch_page` has brought, when so many later ones may still be on their way."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=(plgpu.ShapeDtypeStruct((_PAGE_WORDS,), jnp.uint32, layout=vectors(_PAGE_WORDS)),) * 2,
+    )
+    def take_page(_, place):
+        hopper.assembly([], [], f"cp.async.wait_group {pending};", "", effect=True)
+        source = _own_run(place)
+        runs = []
+        for index in range(8):
+            code = f"ld.shared.v4.u32 {{$0,$1,$2,$3}}, [$4+{128 * RUN_BYTES * index}];"
+            runs.append(hopper.assembly([hopper.i32()] * 4, [source], code, "=r,=r,=r,=r,r", effect=True))
+        return _page(runs)
+
+    return take_page
+
+
+ENTRIES = 32
+"""Of a page table that a warp can hold, one a lane."""
+_PER_THREAD = plgpu.Layout.WG_STRIDED((128,), 1)
+
+
+def load_entries(count: int) -> Callable[..., Any]:
+    """The entries of a table of so many, at most `ENTRIES`."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=_PER_THREAD)
+    )
+    def load_entries(_, table):
+        lane = arith.remui(mgpu.utils.thread_idx(), hopper.constant(32))
+        index = arith.minui(lane, hopper.constant(count - 1))
+        return array_of([hopper.load_word(moved(hopper.address(table), (index, 4)))], _PER_THREAD, signed=True)
+
+    return load_entries
+
+
+@plgpu.inline_mgpu(arg_types=(_PER_THREAD, SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+def entry(_, entries, index):
+    """One of the entries, the same for all threads."""
+    word = values_of(entries)[0]
+    code = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+    found = hopper.assembly([hopper.i32()], [word, index.registers.item()], code, "=r,r,r", effect=True)[0]
+    return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
 
 def attend(num_tokens: int) -> Callable[..., Any]:

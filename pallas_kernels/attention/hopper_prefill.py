@@ -1,8 +1,8 @@
 """Attention of many tokens over pages on Hopper: wgmma tiles of 8 tokens x 8 query heads of one kv head.
 
 The warpgroups of a block share the pages of one kv head, which a warpgroup of its own brings through a ring in shared
-memory. Within a warpgroup the softmax of one page overlaps the products of the next and the previous one (Shah et al.
-2024, FlashAttention-3, arXiv 2407.08608).
+memory, and attend for one tile after the other. Within a warpgroup the softmax of one step, of two pages, overlaps the
+products of the next and the previous one (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608).
 """
 
 import dataclasses
@@ -23,8 +23,12 @@ from pallas_kernels.attention.hopper_prefill_parts import WIDTH, Parts, hardware
 GROUP = 8
 SLOTS = 64
 TOKENS = planning.WARPGROUP_TOKENS
+ROWS_OF_TILE = TOKENS * GROUP
+"""Of a warpgroup."""
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 """One number per row of a tile."""
+FEW_PAGES = 12
+"""Up to so many, steps of two pages would mostly be edges: the windows of sliding layers."""
 LOG2_E = math.log2(math.e)
 LOWEST_SINK = -1e30
 """Stands in for a sink of minus infinity: the running maximum, which starts there, stays finite."""
@@ -36,8 +40,20 @@ class Tuning:
 
     warpgroups: int = 3
     """That compute; each has its own 8 tokens."""
-    stages: int = 4
-    """Pages of keys, and of values, in shared memory."""
+    stages: int = 3
+    """Steps whose keys, and whose values, are in shared memory."""
+    pages: int = 2
+    """Of a step."""
+    blocks: int = 132
+    """That share the tiles: one for each multiprocessor."""
+
+    @classmethod
+    def of(cls, most_pages: int) -> "Tuning":
+        """For queries that each see at most so many pages.
+
+        H200, 2026-11-22, 8192 tokens: every earlier key 1250 us (440 TFLOP/s), a window of 128 138 us.
+        """
+        return cls() if most_pages > FEW_PAGES else cls(stages=4, pages=1)
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -54,30 +70,32 @@ def attention(
     last: Int[Array, "B T"],
     sinks: Float[Array, "K G"],
     *,
+    most_pages: int,
     interpret: bool = False,
     tuning: Tuning | None = None,
 ) -> Float[Array, "B T K G H"]:
     """See `pallas_kernels.attention.hopper.attention`."""
-    tuning = tuning or Tuning()
+    tuning = tuning or Tuning.of(most_pages)
     batch, _, num_kv_heads = queries.shape[:3]
     plan, rows = planning.plan(first, last, warpgroups=tuning.warpgroups)
     transforms = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))  # pyright: ignore[reportAbstractUsage]
-    pages = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
+    shared = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
     ring = functools.partial(plgpu.Barrier, num_barriers=tuning.stages)
+    pages = (tuning.stages, tuning.pages * SLOTS, WIDTH)
     kernel = plgpu.kernel(
         functools.partial(_block, tuning=tuning, parts=interpreted() if interpret else hardware()),
         out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-        grid=(plan.shape[1], batch, num_kv_heads),
-        grid_names=("tile", "row", "head"),
+        grid=(min(tuning.blocks, plan.shape[1] * batch * num_kv_heads),),
+        grid_names=("block",),
         num_threads=tuning.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
-            "tiles": pages((tuning.warpgroups, SLOTS, WIDTH)),
-            "key_pages": pages((tuning.stages, SLOTS, WIDTH)),
-            "value_pages": pages((tuning.stages, SLOTS, WIDTH)),
-            "queries_arrived": plgpu.Barrier(num_barriers=tuning.warpgroups, num_arrivals=TOKENS),
-            "keys_arrived": ring(),
-            "values_arrived": ring(),
+            "tiles": shared((tuning.warpgroups, 2, ROWS_OF_TILE, WIDTH)),
+            "key_pages": shared(pages),
+            "value_pages": shared(pages),
+            "queries_arrived": plgpu.Barrier(num_barriers=2 * tuning.warpgroups, num_arrivals=TOKENS),
+            "keys_arrived": ring(num_arrivals=tuning.pages),
+            "values_arrived": ring(num_arrivals=tuning.pages),
             "keys_used": ring(num_arrivals=tuning.warpgroups),
             "values_used": ring(num_arrivals=tuning.warpgroups),
         },
@@ -89,84 +107,165 @@ def attention(
 
 
 def _block(queries, keys, values, table, plan, rows, sinks, out, *, tuning: Tuning, parts: Parts, **scratch) -> None:
-    warpgroup, row, head = lax.axis_index("warpgroup"), lax.axis_index("row"), lax.axis_index("head")
-    # The last tokens see most: their blocks start first.
-    tile = plan.shape[1] - 1 - lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
     memory = types.SimpleNamespace(**scratch)
-    facts = plan.at[row, tile]
-    begin = facts[planning.BEGIN]
-    num_pages = facts[planning.END] - begin
+    tiles = _Tiles(plan, queries.shape[2], tuning)
 
     @pl.when(warpgroup < tuning.warpgroups)
     def compute():
         plgpu.set_max_registers(tuning.registers[0], action="increase")
-        token = TOKENS * (tile * tuning.warpgroups + warpgroup)
-        own = memory.tiles.at[warpgroup]
-        arrived = memory.queries_arrived.at[warpgroup]
         last_token = queries.shape[1] - 1
-        for i in range(TOKENS):
-            source = queries.at[row, jnp.minimum(token + i, last_token), head]
-            plgpu.copy_gmem_to_smem(source, own.at[pl.ds(GROUP * i, GROUP)], arrived)
-        slots = [plgpu.load(rows.at[row, tile, warpgroup, i], layout=ROWS, optimized=False) for i in range(2)]
-        sink = _per_head([sinks[head, i].astype(jnp.float32) for i in range(GROUP)])
-        visibility = _Visibility(facts, rows.at[row, tile], warpgroup, slots[0], slots[1], tuning.warpgroups)
-        plgpu.barrier_wait(arrived)
-        fragment = plgpu.load(own, layout=plgpu.Layout.WGMMA)
-        own[...] = _attend(fragment, sink, begin, num_pages, visibility, memory, tuning.stages, parts)
-        plgpu.commit_smem()
-        for i in range(TOKENS):
-            source, target = own.at[pl.ds(GROUP * i, GROUP)], out.at[row, token + i, head]
-            pl.when(token + i <= last_token)(functools.partial(plgpu.copy_smem_to_gmem, source, target))
+
+        def first_token(tile):
+            return TOKENS * (tile * tuning.warpgroups + warpgroup)
+
+        def buffer(turn):
+            half = lax.rem(turn, 2)
+            return memory.tiles.at[warpgroup, half], memory.queries_arrived.at[2 * warpgroup + half]
+
+        def load_queries(turn):
+            row, tile, head = tiles.place(turn)
+            own, arrived = buffer(turn)
+            for i in range(TOKENS):
+                source = queries.at[row, jnp.minimum(first_token(tile) + i, last_token), head]
+                plgpu.copy_gmem_to_smem(source, own.at[pl.ds(GROUP * i, GROUP)], arrived)
+
+        load_queries(0)
+
+        def attend(turn, done):
+            row, tile, head = tiles.place(turn)
+            begin, num_steps = tiles.steps(row, tile)
+            own, arrived = buffer(turn)
+
+            def load_next():
+                plgpu.wait_smem_to_gmem(
+                    0, wait_read_only=True
+                )  # the answers of the tile before this one leave the buffer
+                pl.when(tiles.exists(turn + 1))(lambda: load_queries(turn + 1))
+
+            @pl.when(tiles.exists(turn))
+            def attend_tile():
+                slots = [plgpu.load(rows.at[row, tile, warpgroup, i], layout=ROWS, optimized=False) for i in range(2)]
+                sink = _per_head([sinks[head, i].astype(jnp.float32) for i in range(GROUP)])
+                facts = plan.at[row, tile]
+                visibility = _Visibility(facts, rows.at[row, tile], warpgroup, slots[0], slots[1], tuning)
+                plgpu.barrier_wait(arrived)
+                load_next()
+                answers = _attend(own, sink, begin, done, num_steps, visibility, memory, tuning, parts)
+                plgpu.commit_smem()  # every warp is done with the queries
+                own[...] = answers
+                plgpu.commit_smem()
+                token = first_token(tile)
+                for i in range(TOKENS):
+                    source, target = own.at[pl.ds(GROUP * i, GROUP)], out.at[row, token + i, head]
+                    pl.when(token + i <= last_token)(functools.partial(plgpu.copy_smem_to_gmem, source, target))
+
+            return done + num_steps
+
+        lax.fori_loop(0, tiles.turns, attend, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tuning.warpgroups)
     def fetch():
         plgpu.set_max_registers(tuning.registers[1], action="decrease")
 
-        @pl.loop(0, num_pages)
-        def fetch_page(step):
-            stage = lax.rem(step, tuning.stages)
-            page = jnp.clip(table[row, begin + step], 0, keys.shape[0] - 1)
-            for pool, pages, arrived, used in (
-                (keys, memory.key_pages, memory.keys_arrived, memory.keys_used),
-                (values, memory.value_pages, memory.values_arrived, memory.values_used),
-            ):
-                pl.when(step >= tuning.stages)(functools.partial(plgpu.barrier_wait, used.at[stage]))
-                plgpu.copy_gmem_to_smem(pool.at[page, head], pages.at[stage], arrived.at[stage])
+        def fetch_tile(turn, done):
+            row, tile, head = tiles.place(turn)
+            begin, num_steps = tiles.steps(row, tile)
+            end = plan[row, tile, planning.END]
+
+            def fetch_step(step, _):
+                stage = lax.rem(done + step, tuning.stages)
+                pages = [jnp.minimum(begin + step * tuning.pages + i, end - 1) for i in range(tuning.pages)]
+                numbers = [jnp.clip(table[row, page], 0, keys.shape[0] - 1) for page in pages]
+                for pool, ring, arrived, used in (
+                    (keys, memory.key_pages, memory.keys_arrived, memory.keys_used),
+                    (values, memory.value_pages, memory.values_arrived, memory.values_used),
+                ):
+                    pl.when(done + step >= tuning.stages)(functools.partial(plgpu.barrier_wait, used.at[stage]))
+                    for i, number in enumerate(numbers):
+                        place = ring.at[stage, pl.ds(SLOTS * i, SLOTS)]
+                        plgpu.copy_gmem_to_smem(pool.at[number, head], place, arrived.at[stage])
+                return _
+
+            lax.fori_loop(0, jnp.where(tiles.exists(turn), num_steps, 0), fetch_step, 0)
+            return done + jnp.where(tiles.exists(turn), num_steps, 0)
+
+        done = lax.fori_loop(0, tiles.turns, fetch_tile, jnp.int32(0))
+        for stage in range(tuning.stages):
+            for used in (memory.keys_used, memory.values_used):
+                pl.when(stage < done)(functools.partial(plgpu.barrier_wait, used.at[stage]))
 
 
-def _attend(queries, sink, begin, num_pages, visibility: "_Visibility", memory, stages: int, parts: Parts):
-    """The attended rows of one warpgroup; queries as a fragment, one sink per row."""
+class _Tiles:
+    """Which tiles a block attends for, one after the other."""
+
+    def __init__(self, plan, num_heads: int, tuning: Tuning) -> None:
+        self.plan, self.num_heads, self.pages = plan, num_heads, tuning.pages
+        self.total = plan.shape[0] * plan.shape[1] * num_heads
+        self.num_blocks = min(tuning.blocks, self.total)
+        self.turns = -(-self.total // self.num_blocks)
+
+    def _index(self, turn):
+        """The largest tiles come first, and the block that has the largest of a turn the smallest of the next."""
+        block = lax.axis_index("block")
+        return turn * self.num_blocks + jnp.where(lax.rem(turn, 2) == 0, block, self.num_blocks - 1 - block)
+
+    def exists(self, turn) -> Bool[Array, ""]:
+        return self._index(turn) < self.total
+
+    def place(self, turn):
+        """Row, tile and kv head. The last tokens of a row see most."""
+        index = jnp.minimum(self._index(turn), self.total - 1)
+        rest, head = lax.div(index, self.num_heads), lax.rem(index, self.num_heads)
+        batch, num_tiles = self.plan.shape[:2]
+        return lax.rem(rest, batch), num_tiles - 1 - lax.div(rest, batch), head
+
+    def steps(self, row, tile):
+        """The first page, and the number of steps."""
+        begin, end = self.plan[row, tile, planning.BEGIN], self.plan[row, tile, planning.END]
+        return begin, lax.div(end - begin + self.pages - 1, self.pages)
+
+
+def _attend(queries, sink, begin, done, num_steps, visibility: "_Visibility", memory, tuning: Tuning, parts: Parts):
+    """The attended rows of one warpgroup; one sink per row; `done` steps have been through the ring before."""
     scale = WIDTH**-0.5 * LOG2_E
+    columns = tuning.pages * SLOTS
+    zero = lax.shift_right_logical(begin, 31)
+
+    def page_of(step):
+        return begin + tuning.pages * step
 
     def softmax(page, largest, denominator, scores):
         scores = lax.cond(
             visibility.is_edge(page), functools.partial(visibility.mask, page), lambda scores: scores, scores
         )
         new_largest = jnp.maximum(largest, scores.max(axis=1) * scale)
-        weights = jnp.exp2(scores * scale - _along_rows(new_largest))
+        weights = jnp.exp2(scores * scale - _along_rows(new_largest, columns))
         shrink = jnp.exp2(largest - new_largest)
-        return weights, denominator * shrink + weights.sum(axis=1), new_largest, shrink
+        denominator = denominator * shrink + weights.sum(axis=1)
+        return weights.astype(jnp.bfloat16), denominator, new_largest, shrink
 
     def at(step):
-        stage = lax.rem(step, stages)
+        stage = lax.rem(done + step, tuning.stages)
         return memory.key_pages.at[stage], memory.value_pages.at[stage], stage
 
     def finish_values(step):
         _, values, stage = at(step)
         plgpu.barrier_wait(memory.values_arrived.at[stage])
-        pl.when(visibility.is_edge(begin + step))(lambda: visibility.clear_unseen(begin + step, values))
+        page = page_of(step)
+        pl.when(visibility.is_edge(page))(lambda: visibility.clear_unseen(page, values))
 
-    def first_page():
+    def first_step():
         keys, _, stage = at(0)
         plgpu.barrier_wait(memory.keys_arrived.at[stage])
         release = functools.partial(plgpu.barrier_arrive, memory.keys_used.at[stage])
         scores = parts.first(queries, keys, release)
         weights, denominator, largest, _ = softmax(begin, sink, jnp.exp2(sink - sink), scores)
         finish_values(0)
-        return weights.astype(jnp.bfloat16), denominator, largest
+        return weights, denominator, largest
 
-    def next_page(step, carry):
+    def next_step(step, carry):
         accumulator, weights, denominator, largest = carry
         keys, _, stage = at(step)
         _, values, previous = at(step - 1)
@@ -174,49 +273,54 @@ def _attend(queries, sink, begin, num_pages, visibility: "_Visibility", memory, 
         release = functools.partial(plgpu.barrier_arrive, memory.keys_used.at[stage])
         (weights, denominator, largest, shrink), accumulator = parts.next(
             queries, keys, release, weights, values, accumulator,
-            functools.partial(softmax, begin + step, largest, denominator),
+            functools.partial(softmax, page_of(step), largest, denominator), zero,
         )  # fmt: skip
         plgpu.barrier_arrive(memory.values_used.at[previous])
         finish_values(step)
-        return accumulator * _along_rows(shrink), weights.astype(jnp.bfloat16), denominator, largest
+        return accumulator * _along_rows(shrink, WIDTH), weights, denominator, largest
 
-    nothing = plgpu.layout_cast(jnp.zeros((SLOTS, WIDTH), jnp.float32), plgpu.Layout.WGMMA)
+    nothing = plgpu.layout_cast(jnp.zeros((ROWS_OF_TILE, WIDTH), jnp.float32), plgpu.Layout.WGMMA)
 
-    def all_pages():
-        weights, denominator, largest = first_page()
+    def all_steps():
+        weights, denominator, largest = first_step()
         accumulator, weights, denominator, _ = lax.fori_loop(
-            1, num_pages, next_page, (nothing, weights, denominator, largest)
+            1, num_steps, next_step, (nothing, weights, denominator, largest)
         )
-        accumulator = parts.last(weights, at(num_pages - 1)[1], accumulator)
+        _, values, stage = at(num_steps - 1)
+        accumulator = parts.last(weights, values, accumulator)
+        plgpu.barrier_arrive(memory.values_used.at[stage])
         # Not a factor of zero: a warpgroup whose tokens all see nothing has masked nothing, and may have met NaN.
-        sees = _along_rows(jnp.where(visibility.sees_something, 1, 0)) != 0
-        return jnp.where(sees, accumulator * _along_rows(1.0 / denominator), 0.0)
+        sees = _along_rows(jnp.where(visibility.sees_something, 1, 0), WIDTH) != 0
+        return jnp.where(sees, accumulator * _along_rows(1.0 / denominator, WIDTH), 0.0)
 
-    attended = lax.cond(num_pages > 0, all_pages, lambda: nothing)
+    attended = lax.cond(num_steps > 0, all_steps, lambda: nothing)
     return attended.astype(jnp.bfloat16)
 
 
 class _Visibility:
     """Which slots the rows of a warpgroup see."""
 
-    def __init__(self, facts, tile_rows, warpgroup, first, last, num_warpgroups: int) -> None:
+    def __init__(self, facts, tile_rows, warpgroup, first, last, tuning: Tuning) -> None:
         self.low, self.high = facts[planning.LOW], facts[planning.HIGH]
         self.has_holes = facts[planning.HAS_HOLES]
         self.all_from = facts[planning.WARPGROUP_FACTS + 2 * warpgroup]
         self.all_to = facts[planning.WARPGROUP_FACTS + 2 * warpgroup + 1]
         self.first, self.last = first, last
-        self.tile_rows, self.num_warpgroups = tile_rows, num_warpgroups
+        self.tile_rows, self.num_warpgroups = tile_rows, tuning.warpgroups
+        self.columns = tuning.pages * SLOTS
         self.sees_something = first <= last
 
     def is_edge(self, page) -> Bool[Array, ""]:
-        """Whether some row of the warpgroup does not see all of the page."""
-        return (page * SLOTS < self.all_from) | ((page + 1) * SLOTS > self.all_to + 1)
+        """Whether some row of the warpgroup does not see all of the step that begins with the page."""
+        return (page * SLOTS < self.all_from) | (page * SLOTS + self.columns > self.all_to + 1)
 
     def mask(self, page, scores: Float[Array, "rows slots"]) -> Float[Array, "rows slots"]:
-        """Minus infinity for slots that a row does not see, whatever their scores are."""
+        """Minus infinity for the step's slots that a row does not see, whatever their scores are."""
         slot = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         base = page * SLOTS
-        seen = (slot >= _along_rows(self.first - base)) & (slot <= _along_rows(self.last - base))
+        seen = (slot >= _along_rows(self.first - base, self.columns)) & (
+            slot <= _along_rows(self.last - base, self.columns)
+        )
         return jnp.where(seen, scores, -jnp.inf)
 
     def clear_unseen(self, page, values) -> None:
@@ -224,7 +328,7 @@ class _Visibility:
 
         Every warpgroup of the block does it before it multiplies with the page. All write the same.
         """
-        slot = page * SLOTS + plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=ROWS)
+        slot = page * SLOTS + plgpu.broadcasted_iota(jnp.int32, (self.columns,), 0, layout=ROWS)
 
         def any_token():
             def add(index, seen):
@@ -239,18 +343,18 @@ class _Visibility:
 
         seen = lax.cond(self.has_holes != 0, any_token, in_between)
         page_values = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-        values[...] = jnp.where(_along_rows(seen) != 0, page_values, jnp.zeros_like(page_values))
+        values[...] = jnp.where(_along_rows(seen, WIDTH) != 0, page_values, jnp.zeros_like(page_values))
         plgpu.commit_smem()
 
 
 def _per_head(scalars: list[Float[Array, ""]]) -> Float[Array, " rows"]:
     """A tile's row r has query head r % 8: sinks in base 2."""
-    head = lax.rem(plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=ROWS), GROUP)
-    rows = plgpu.layout_cast(jnp.full((SLOTS,), LOWEST_SINK, jnp.float32), ROWS)
+    head = lax.rem(plgpu.broadcasted_iota(jnp.int32, (ROWS_OF_TILE,), 0, layout=ROWS), GROUP)
+    rows = plgpu.layout_cast(jnp.full((ROWS_OF_TILE,), LOWEST_SINK, jnp.float32), ROWS)
     for index, scalar in enumerate(scalars):
         rows = jnp.where(head == index, jnp.maximum(scalar * LOG2_E, LOWEST_SINK), rows)
     return rows
 
 
-def _along_rows(rows: Array) -> Array:
-    return lax.broadcast_in_dim(rows, (SLOTS, WIDTH), [0])
+def _along_rows(rows: Array, columns: int) -> Array:
+    return lax.broadcast_in_dim(rows, (*rows.shape, columns), [0])

@@ -11,7 +11,9 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
@@ -31,7 +33,10 @@ class Parts:
     first: Callable[..., Any]
     """(queries, keys, release keys) -> scores."""
     next: Callable[..., Any]
-    """(queries, keys, release keys, weights, values, accumulator, softmax) -> what softmax gave, accumulator."""
+    """(queries, keys, release keys, weights, values, accumulator, softmax, zero) -> what softmax gave, accumulator.
+
+    `zero` is one that the compiler does not know to be one.
+    """
     last: Callable[..., Any]
     """(weights, values, accumulator) -> accumulator."""
 
@@ -45,11 +50,11 @@ def hardware() -> Parts:
             plgpu.wgmma(scores, queries, keys.T)
             return scores[...]
 
-        scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, 64)))
+        scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, keys.shape[0])))
         release_keys()
         return scores
 
-    def following(queries, keys, release_keys, weights, values, accumulator, softmax: Softmax):
+    def following(queries, keys, release_keys, weights, values, accumulator, softmax: Softmax, zero):
         def overlap(scores, weighted):
             weighted[...] = accumulator
             plgpu.wgmma(scores, queries, keys.T)
@@ -61,11 +66,11 @@ def hardware() -> Parts:
             return results, plgpu.wgmma_accumulator_load(weighted, wait_n=0)
 
         results, weighted = pl.run_scoped(
-            overlap, plgpu.WGMMAAccumulatorRef((64, 64)), plgpu.WGMMAAccumulatorRef((64, WIDTH))
+            overlap, plgpu.WGMMAAccumulatorRef((64, keys.shape[0])), plgpu.WGMMAAccumulatorRef((64, WIDTH))
         )
         # The weights' registers may be those of the product's left operand: only now is it done with them.
         new_weights, weighted = lax.optimization_barrier((results[0], weighted))
-        return (new_weights, *results[1:]), weighted
+        return (_copied(new_weights.shape)(new_weights, zero), *results[1:]), weighted
 
     def last(weights, values, accumulator):
         def multiply(weighted):
@@ -85,11 +90,12 @@ def interpreted() -> Parts:
         return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     def first(queries, keys, release_keys):
-        scores = multiply(queries, keys[...].T)
+        scores = multiply(queries[...], keys[...].T)
         release_keys()
         return scores
 
-    def following(queries, keys, release_keys, weights, values, accumulator, softmax: Softmax):
+    def following(queries, keys, release_keys, weights, values, accumulator, softmax: Softmax, zero):
+        del zero
         results = softmax(first(queries, keys, release_keys))
         return results, accumulator + multiply(weights, values[...])
 
@@ -113,3 +119,28 @@ def _finish_before_waiting() -> Callable[..., None]:
             hopper.assembly([], [value], code, "f", effect=True)
 
     return finish_before_waiting
+
+
+def _copied(shape: tuple[int, ...]) -> Callable[..., Any]:
+    """Of weights and a zero: the weights in other registers, by a sum that ptxas cannot see through.
+
+    It would otherwise write them to those of the product in flight, find that it must not, and let every product wait
+    for the one before (its message C7513).
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+    )
+    def copied(_, weights, zero):
+        copies = np.empty_like(weights.registers)
+        for index, pair in np.ndenumerate(weights.registers):
+            words = vector.bitcast(ir.VectorType.get((1,), hopper.i32()), pair)
+            word = vector.extract(words, [], [0])
+            code = "add.u32 $0, $1, $2;"
+            word = hopper.assembly([hopper.i32()], [word, zero.registers.item()], code, "=r,r,r", effect=True)[0]
+            words = vector.from_elements(ir.VectorType.get((1,), hopper.i32()), [word])
+            copies[index] = vector.bitcast(pair.type, words)
+        return mgpu.FragmentedArray(_registers=copies, _layout=weights.layout, _is_signed=None)
+
+    return copied

@@ -18,8 +18,10 @@ def attention(
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],
     sinks: Float[Array, " N"],
+    *,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.attention`.
+    """See `pallas_kernels.attention.attention`; `window` makes no difference here.
 
     Visits the keys block by block with a running maximum and denominator (Milakov and Gimelshein 2018, arXiv
     1805.02867), which start from the sink; blocks that no query sees are skipped.
