@@ -66,28 +66,34 @@ def scale_pair(scale_word: Value, byte: int) -> Value:
     return assembly([i32()], [scale_word], code, "=r,r", effect=False)[0]
 
 
-def unpack(word: Value, scale: Value) -> list[Value]:
-    """Eight e2m1 values of one word, times a pair of equal scales: four registers of two bfloat16 each.
+def scale_float(scale_word: Value, byte: int) -> Value:
+    """Byte `byte` of a word as the exponent of a float32 power of two."""
+    bits = constant(0x7F800000)
+    moved = arith.shrui(scale_word, constant(1)) if byte == 3 else arith.shli(scale_word, constant(23 - 8 * byte))
+    return arith.bitcast(f32(), arith.andi(moved, bits))
+
+
+def codes(word: Value) -> list[Value]:
+    """Eight e2m1 values of one word times 2**-126: four registers of two bfloat16 each, subnormals included.
 
     The word's bit order is that of `pallas_kernels.experts.hopper_layout`. Masked and shifted, a code is a bfloat16
-    of exponent field 0 to 3: its value times 2**-126, subnormals included; the scale makes up for it.
+    of exponent field 0 to 3.
     """
-    mask = constant(PACKED_MASK)
 
-    def shifted_left(amount: int) -> Value:
-        return arith.andi(arith.shli(word, constant(amount)), mask)
+    def masked(value: Value, mask: int) -> Value:
+        return arith.andi(value, constant(mask))
 
-    def picked(moved: Value, bits: int) -> Value:
-        return arith.andi(moved, constant(bits))
+    left = arith.shli(word, constant(6)), arith.shli(word, constant(2))
+    last = arith.ori(masked(left[1], 0x80C080C0), masked(arith.shrui(word, constant(6)), 0x01000100))
+    rotated = assembly([i32()], [word], "shf.l.wrap.b32 $0, $1, $1, 12;", "=r,r", effect=False)[0]
+    return [*(masked(value, PACKED_MASK) for value in (word, left[0], rotated)), last]
 
-    last = arith.ori(
-        arith.ori(
-            picked(arith.shli(word, constant(1)), 0x80008000), picked(arith.shrui(word, constant(3)), 0x01800180)
-        ),
-        picked(arith.shrui(word, constant(7)), 0x00400040),
-    )
-    codes = [arith.andi(word, mask), shifted_left(3), shifted_left(6), last]
-    return [assembly([i32()], [code, scale], "mul.bf16x2 $0, $1, $2;", "=r,r,r", effect=False)[0] for code in codes]
+
+def unpack(word: Value, scale: Value) -> list[Value]:
+    """`codes` times a pair of equal scales, which make up for the 2**-126."""
+    return [
+        assembly([i32()], [code, scale], "mul.bf16x2 $0, $1, $2;", "=r,r,r", effect=False)[0] for code in codes(word)
+    ]
 
 
 def mma(accumulator: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
@@ -120,11 +126,6 @@ def load_word_if(condition: Value, pointer: Value, offset: int = 0, *, hint: str
     """`load_word` where the condition (1 bit) holds; elsewhere the word is whatever the register held."""
     code = f"@$2 ld.global.{hint}u32 $0, [$1+{offset}];"
     return assembly([i32()], [pointer, condition], code, "=r,l,b", effect=True)[0]
-
-
-def prefetch_to_l2(pointer: Value, num_bytes: Value) -> None:
-    """Ask for a range (16-byte aligned, a multiple of 16 bytes) to be brought into the L2 cache; one thread will do."""
-    assembly([], [pointer, num_bytes], "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", effect=True)
 
 
 def exp2(value: Value) -> Value:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts import hopper_layout, hopper_prefill, reference
-from pallas_kernels.experts.tiles import PREFILL_BEYOND, Tiling, prefill
+from pallas_kernels.experts import hopper_decode, hopper_layout, hopper_prefill, reference
+from pallas_kernels.experts.tiles import DECODE_BEYOND, PREFILL_BEYOND, DecodeTiles, Tiling, prefill
 from pallas_kernels.experts.weights import ExpertWeights
 from pallas_kernels.mxfp4 import MXFP4
 
@@ -88,8 +88,27 @@ def _run_prefill(x: Array, weights: Any, ids: Array, routing: Array, candidate: 
     return hopper_prefill.experts(x, weights, ids, routing, alpha=ALPHA, limit=LIMIT, tiling=candidate)
 
 
-# The decode form's entry goes here, with the DecodeTiles that may be best for so many rows an expert.
+def decode_candidates(rows_per_expert: float) -> list[DecodeTiles]:
+    """The narrowest passes, cut and scaled each way, and wider ones where experts have more rows.
+
+    Example:
+        >>> [tiles.columns for tiles in decode_candidates(8.0)]
+        [8, 8, 8, 8, 16, 16, 32]
+    """
+    found = [DecodeTiles(8, strips, scale_sums) for strips in (1, 2) for scale_sums in (True, False)]
+    if rows_per_expert > 2:
+        found += [DecodeTiles(16, 2, scale_sums) for scale_sums in (True, False)]
+    if rows_per_expert > 4:
+        found += [DECODE_BEYOND]
+    return found
+
+
+def _run_decode(x: Array, weights: Any, ids: Array, routing: Array, candidate: DecodeTiles) -> Array:
+    return hopper_decode.experts(x, weights, ids, routing, alpha=ALPHA, limit=LIMIT, tiles=candidate)
+
+
 FORMS = {
+    "decode": Form(decode_candidates, _run_decode, tokens=(1, 2, 4, 8, 16, 32, 64)),
     "prefill": Form(prefill_candidates, _run_prefill, tokens=(65, 128, 256, 512, 1024, 2048, 8192)),
 }
 
@@ -205,9 +224,13 @@ def table_lines(found: Sequence[Measurement]) -> list[str]:
         if known is None or item.total_us < known.total_us:
             best[item.rows_per_expert] = item
     rows = list(best)
-    ends = [round(math.sqrt(low * high)) for low, high in itertools.pairwise(rows)]
+    ends = [_rounded(math.sqrt(low * high)) for low, high in itertools.pairwise(rows)]
     lines = [f"({end}, {best[row].candidate})," for end, row in zip(ends, rows, strict=False)]
     return [*lines, *(f"beyond: {best[row].candidate}" for row in rows[-1:])]
+
+
+def _rounded(rows_per_expert: float) -> int | float:
+    return round(rows_per_expert) if rows_per_expert >= 8 else round(rows_per_expert, 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

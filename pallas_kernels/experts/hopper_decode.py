@@ -4,7 +4,6 @@ The first multiplies by gate and up and applies SwiGLU, the second multiplies by
 over a token's experts is left to whatever XLA fuses it with. Nothing is sorted or gathered between them.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -16,49 +15,22 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt32
 
 from pallas_kernels import hopper
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.experts import tiles as table
 from pallas_kernels.experts.hopper_layout import TILE, HopperExperts
 from pallas_kernels.experts.hopper_operands import COLUMN_BLOCK, STRIPS_PER_TILE, Product
 from pallas_kernels.experts.hopper_schedule import Rows, Schedule
 from pallas_kernels.experts.hopper_stream import STRIP_ROWS, Finish, Stream, Strip
+from pallas_kernels.experts.tiles import DecodeTiles
 from pallas_kernels.hopper import Value, f32
 from pallas_kernels.hopper_words import WARP, Condition, Word, pointer, store, thread
 
 MAX_TOKENS = 128
 MAX_PER_TOKEN = 8
+MAX_COLUMNS = 32
+MAX_WARPGROUPS = 4
+"""Six, with fewer registers each, were slower throughout."""
 _WARPS_PER_GROUP = 4
 _LOG2_E = 1.4426950408889634
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeTiles:
-    """How the decode kernels cut their work; any of these gives the same numbers up to rounding."""
-
-    columns: int
-    """Rows of one expert in a pass: 8, 16, 24 or 32."""
-    strips: int = 1
-    """Strips of 16 matrix rows a warp takes at a time: 1, 2 or 4."""
-    warpgroups: int = 4
-    tiles_ahead: int = 6
-    """About how many 512-byte loads each warp has in flight."""
-    held_inputs: int = 48
-    """Hold the inputs in registers if they need no more than these."""
-    num_blocks: int = 132
-    """Blocks of the grid: one per multiprocessor of an H100 or H200 with SXM."""
-
-
-def choose_tiles(num_rows: int, num_experts: int) -> DecodeTiles:
-    """Tiles for so many rows (tokens times experts per token) over so many experts.
-
-    Example:
-        >>> choose_tiles(4, 32).columns, choose_tiles(256, 32).columns, choose_tiles(512, 32).columns
-        (8, 16, 32)
-    """
-    mean = num_rows / num_experts
-    if mean <= 4:
-        return DecodeTiles(columns=8)
-    if mean <= 8:
-        return DecodeTiles(columns=16)
-    return DecodeTiles(columns=32, strips=2, warpgroups=3, tiles_ahead=10)
 
 
 def experts(
@@ -71,15 +43,15 @@ def experts(
     limit: float,
     tiles: DecodeTiles | None = None,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.experts.experts`; for up to 128 tokens of bfloat16.
+    """See `pallas_kernels.experts.experts`; for up to 128 tokens of bfloat16. `tiles`: those of the table by default.
 
     The activation between the two products is rounded to bfloat16; everything else stays in float32 up to the result.
 
-    Raises Unsupported for other numbers of tokens, experts per token or types.
+    Raises Unsupported for other numbers of tokens, experts per token, types or widths, and for tiles that do not fit.
     """
     num_tokens, per_token = expert_ids.shape
     _check(x, weights, num_tokens=num_tokens, per_token=per_token)
-    tiles = tiles or choose_tiles(num_tokens * per_token, weights.num_experts)
+    tiles = tiles or table.decode(num_tokens * per_token, weights.num_experts)
     ids = expert_ids.reshape(-1).astype(jnp.int32)
     activation = gate_up(
         x,
@@ -114,6 +86,17 @@ def _check(x: Array, weights: HopperExperts, *, num_tokens: int, per_token: int)
         raise Unsupported(f"decode experts: x is {x.dtype}, takes bfloat16")
     if weights.width % TILE or weights.expert_width % TILE:
         raise Unsupported(f"decode experts: D = {weights.width}, F = {weights.expert_width}, takes multiples of {TILE}")
+
+
+def _check_tiles(tiles: DecodeTiles) -> None:
+    if tiles.columns not in range(COLUMN_BLOCK, MAX_COLUMNS + 1, COLUMN_BLOCK):
+        raise Unsupported(f"decode experts: {tiles}, takes multiples of {COLUMN_BLOCK} columns up to {MAX_COLUMNS}")
+    if tiles.strips not in (1, 2):
+        raise Unsupported(f"decode experts: {tiles}, takes 1 or 2 strips")
+    if not 1 <= tiles.warpgroups <= MAX_WARPGROUPS:
+        raise Unsupported(f"decode experts: {tiles}, takes 1 to {MAX_WARPGROUPS} warpgroups")
+    if tiles.num_blocks * tiles.strips % STRIPS_PER_TILE:
+        raise Unsupported(f"decode experts: {tiles}, takes blocks that share the {STRIPS_PER_TILE} strips of a tile")
 
 
 def gate_up(
@@ -162,12 +145,7 @@ def down(
 
 def _product(words: Array, num_rows: int, tiles: DecodeTiles, *, rows_per_input: int) -> Product:
     num_experts, row_tiles, k_tiles, _ = words.shape
-    if (
-        tiles.columns % COLUMN_BLOCK
-        or STRIPS_PER_TILE % tiles.strips
-        or tiles.num_blocks * tiles.strips % STRIPS_PER_TILE
-    ):
-        raise Unsupported(f"decode experts: {tiles} do not fit {COLUMN_BLOCK} columns, {STRIPS_PER_TILE} strips a tile")
+    _check_tiles(tiles)
     rows = Rows(num_experts, num_rows, tiles.columns, num_warps=tiles.warpgroups * _WARPS_PER_GROUP)
     return Product(
         rows,
@@ -175,8 +153,7 @@ def _product(words: Array, num_rows: int, tiles: DecodeTiles, *, rows_per_input:
         k_tiles=k_tiles,
         rows_per_input=rows_per_input,
         strips=tiles.strips,
-        tiles_ahead=tiles.tiles_ahead,
-        held_inputs=tiles.held_inputs,
+        scale_sums=tiles.scale_sums,
         num_blocks=tiles.num_blocks,
     )
 

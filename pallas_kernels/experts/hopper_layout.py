@@ -179,33 +179,45 @@ def _pack_bias(bias: Shaped[Array, "E n 4 2 8"]) -> Float[Array, "E rows"]:
 
 
 def _arrange_bits(words: UInt32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
-    """Place the codes of four bytes so that a mask and a shift make each pair two bfloat16s.
+    """Place the codes of four bytes so that few masks and shifts make each pair two bfloat16s.
 
-    In either half of the word, codes 0, 1 and 2 have sign and magnitude at bits 15 and 8-6 less 3 per code; the last
-    code has what is left: its sign at bit 14, its exponent at 11-10 and its mantissa at 13.
+    A bfloat16 wants the sign at bit 15 and the magnitude at bits 8 to 6. There they are, in either half of the word,
+    for code 0; for code 1 once the word is shifted left by 6; for code 2 once it is rotated left by 12. Code 3 has
+    what is left: its sign at bit 13 and its lower two bits at 5 and 4, to be shifted left by 2, and its highest bit
+    at 14, to be shifted right by 6.
     """
-    arranged = jnp.zeros_like(words)
-    for code in range(4):
-        pair = ((words >> (8 * code)) & 0x0000000F) | (((words >> (8 * code + 4)) & 0x0000000F) << 16)
-        if code < 3:
-            placed = (((pair & 0x00080008) << 12) | ((pair & 0x00070007) << 6)) >> (3 * code)
-        else:
-            placed = ((pair & 0x00080008) << 11) | ((pair & 0x00060006) << 9) | ((pair & 0x00010001) << 13)
-        arranged |= placed
-    return arranged
+    first, second, third, last = (
+        ((words >> (8 * code)) & 0x0000000F) | (((words >> (8 * code + 4)) & 0x0000000F) << 16) for code in range(4)
+    )
+    return (
+        _in_place(first)
+        | (_in_place(second) >> 6)
+        | _rotated(_in_place(third), 20)
+        | ((last & 0x00080008) << 10)
+        | ((last & 0x00040004) << 12)
+        | ((last & 0x00030003) << 4)
+    )
 
 
 def _unpack_codes(words: UInt32[Array, "*dims"]) -> list[UInt32[Array, "*dims"]]:
     """The eight codes of a word, in the order of columns j, p: the inverse of `_arrange_bits`."""
-    codes = []
-    for code in range(4):
-        if code < 3:
-            moved = words << (3 * code)
-            pair = ((moved >> 12) & 0x00080008) | ((moved >> 6) & 0x00070007)
-        else:
-            pair = ((words >> 11) & 0x00080008) | ((words >> 9) & 0x00060006) | ((words >> 13) & 0x00010001)
-        codes += [pair & 15, pair >> 16]
-    return codes
+    last = ((words >> 10) & 0x00080008) | ((words >> 12) & 0x00040004) | ((words >> 4) & 0x00030003)
+    pairs = [_out_of_place(words), _out_of_place(words << 6), _out_of_place(_rotated(words, 12)), last]
+    return [code for pair in pairs for code in (pair & 15, pair >> 16)]
+
+
+def _in_place(pair: UInt32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
+    """Two codes where two bfloat16 have them."""
+    return ((pair & 0x00080008) << 12) | ((pair & 0x00070007) << 6)
+
+
+def _out_of_place(pair: UInt32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
+    return ((pair >> 12) & 0x00080008) | ((pair >> 6) & 0x00070007)
+
+
+def _rotated(words: UInt32[Array, "*dims"], amount: int) -> UInt32[Array, "*dims"]:
+    """Rotated left."""
+    return (words << amount) | (words >> (32 - amount))
 
 
 def _swap_pairs(x: Array) -> Array:

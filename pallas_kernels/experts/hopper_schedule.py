@@ -140,6 +140,11 @@ class Schedule:
         same = lanes_with_same(expert)
         leads = (expert < NOBODY) & (same & lanes_before()).equals(0)
         store_shared(self._ids + self._lane * 4, expert)
+        if self._rows.num_rows <= self._rows.columns:  # then nobody needs a second pass
+            leaders = ballot(leads)
+            store_shared(self._segments + count_bits(leaders & lanes_before()) * 4, expert, only=leads)
+            sync_warp()
+            return count_bits(leaders)
         return self._list(expert, leads.choose(count_bits(same), 0), word(0))
 
     def _from_counts(self, ids: Value) -> Word:

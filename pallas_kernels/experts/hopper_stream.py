@@ -8,6 +8,7 @@ others are at the next one. Rounds (`hopper_schedule`) follow each other without
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +16,14 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
-from pallas_kernels.experts.hopper_operands import COLUMN_BLOCK, NUM_BUFFERS, Inputs, Product, Weights
+from pallas_kernels.experts.hopper_operands import (
+    COLUMN_BLOCK,
+    INPUT_EXPONENT,
+    NUM_BUFFERS,
+    Inputs,
+    Product,
+    Weights,
+)
 from pallas_kernels.experts.hopper_schedule import Schedule, Segment, rounds_of_team
 from pallas_kernels.hopper import Value, f32
 from pallas_kernels.hopper_words import (
@@ -118,43 +126,49 @@ class Stream:
             return [value for index in range(product.tiles_per_warp) for value in weights.ask(index)]
 
         def one_round(round_number: Word, state: list[Value]) -> list[Value]:
-            segment, ring, held = state[0], state[1 : 1 + per_round], state[1 + per_round :]
-            number, _ = self._locate(round_number)
-            stays = number.equals(Word(segment))
-            held = when(stays.negated(), lambda: operand.load(self._schedule.segment(number)), otherwise=held)
+            ring, held = state[:per_round], state[per_round:]
             ahead = round_number + product.rounds_ahead
             next_number, next_tile = self._locate(ahead)
             weights.move_to(self._schedule.segment(next_number).expert, next_tile, ahead < self._stop)
             zero = mgpu.c(0.0, f32())
             sums = [[zero] * 4 for _ in range(product.strips * product.column_blocks)]
             asked = []
-            fragments = operand.fragments(held)
             for index in range(product.tiles_per_warp):
                 size = 5 * product.strips
                 loaded = ring[index * size : (index + 1) * size]
-                sums = weights.multiply(index, loaded, fragments[index], sums)
+                sums = weights.multiply(index, loaded, functools.partial(operand.block, held, index), sums)
                 asked += weights.ask(index)
+            following = round_number + 1
+            number, tile = self._locate(following)
+            moves = tile.equals(0) & (following < self._stop)
+            # Here, since the loads' latency is hidden behind what is left of the round.
+            held = when(moves, lambda: operand.load(self._schedule.segment(number)), otherwise=held)
             self._hand_over(round_number - self._start, sums)
-            return [number.value, *asked, *held]
+            return [*asked, *held]
 
         def rounds(round_number: Word, state: list[Value]) -> list[Value]:
             rings, rest = state[: per_round * product.rounds_ahead], state[per_round * product.rounds_ahead :]
             for ahead in range(product.rounds_ahead):
                 mine = slice(ahead * per_round, (ahead + 1) * per_round)
-                current = [rest[0], *rings[mine], *rest[1:]]
+                current = [*rings[mine], *rest]
                 this = round_number + ahead
 
                 def step(this: Word = this, current: list[Value] = current) -> list[Value]:
                     return one_round(this, current)
 
                 after = step() if ahead == 0 else when(this < self._stop, step, otherwise=current)
-                rings[mine] = after[1 : 1 + per_round]
-                rest = [after[0], *after[1 + per_round :]]
+                rings[mine] = after[:per_round]
+                rest = after[per_round:]
             return [*rings, *rest]
 
         rings = [value for ahead in range(product.rounds_ahead) for value in ask(self._start + ahead)]
-        carried = [*rings, word(_NO_SEGMENT).value, *operand.nothing()]
-        repeat(self._start, self._stop, product.rounds_ahead, carried, rounds)
+
+        def first() -> list[Value]:
+            number, _ = self._locate(self._start)
+            return operand.load(self._schedule.segment(number))
+
+        held = when(self._start < self._stop, first, otherwise=operand.nothing())
+        repeat(self._start, self._stop, product.rounds_ahead, [*rings, *held], rounds)
         return []
 
     def _partial(self, place: Word, which_warp: Word) -> Word:
@@ -235,6 +249,8 @@ class Stream:
         for other in range(1, self._product.streaming_warps):
             more = load_shared_vector(source, (other * pieces + piece) * _FRAGMENT_BYTES)
             sums = [arith.addf(one, two) for one, two in zip(sums, more, strict=True)]
+        if self._product.scale_sums:
+            sums = [arith.mulf(value, mgpu.c(2.0**-INPUT_EXPONENT, f32())) for value in sums]
         return sums
 
     def _release(self, place: Word) -> list[Value]:

@@ -52,6 +52,7 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
+    next_weight: Float[Array, "D N H"] | None = None,
     impl: Impl = "auto",
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """RMSNorm, then queries, keys and values; returns the queries, and the pools with the new keys and values in them.
@@ -63,6 +64,9 @@ def project_to_cache(
     in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `cos` and
     `sin`, both rounded to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
 
+    `next_weight` is the output projection's, which is multiplied after attention: a kernel may have it brought into
+    the cache of the device while attention runs. It changes no result.
+
     Raises Unsupported if the named implementation cannot run these arguments.
 
     Example:
@@ -71,13 +75,15 @@ def project_to_cache(
         >>> query, kv, bias, kv_bias = jnp.ones((6, 4, 8)), jnp.ones((2, 4, 8)), jnp.ones((6, 4)), jnp.ones((2, 4))
         >>> args = (x, scale, query, bias, kv, kv_bias, kv, kv_bias, angles, angles)
         >>> pool, pages, slots = jnp.zeros((5, 2, 7, 4)), jnp.array([4, 0, 5]), jnp.array([6, 0, 1])
-        >>> queries, _, values = project_to_cache(*args, pool, pool, pages, slots, eps=1e-5, impl="reference")
+        >>> queries, _, values = project_to_cache(
+        ...     *args, pool, pool, pages, slots, eps=1e-5, impl="reference"
+        ... )
         >>> queries.shape, [round(values[place].sum().item()) for place in ((4, 0, 6), (0, 1, 0), slice(None))]
         ((3, 6, 4), [36, 36, 144])
     """
     run = choose("project_to_cache", BACKENDS["project_to_cache"], impl)
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps)
+    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps, next_weight=next_weight)
 
 
 def output(

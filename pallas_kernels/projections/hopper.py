@@ -47,6 +47,7 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
+    next_weight: Float[Array, "D N H"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """See `pallas_kernels.projections.project_to_cache`. Beyond MAX_TOKENS the product is XLA's, and `tiles` unused."""
@@ -72,7 +73,10 @@ def project_to_cache(
     _check(name, num_blocks % tiles.sharers == 0, f"{num_blocks} blocks in clusters of {tiles.sharers}")
     num_words = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows + tiles.rows // 2) * num_tokens
     _check_shared(name, 4 * num_words + 2 * width)
-    return heads.project_to_cache(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps, tiles=tiles)
+    places = (keys, values, pages, slots)
+    return heads.project_to_cache(
+        x, norm_scale, *weights, cos, sin, *places, eps=eps, next_weight=next_weight, tiles=tiles
+    )
 
 
 def output(

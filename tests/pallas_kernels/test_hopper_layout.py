@@ -19,6 +19,8 @@ from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.mxfp4 import pack as pack_codes
 
 E, D, F = 3, 192, 128
+PLACES = ((15, 8, 7, 6), (9, 2, 1, 0), (3, 28, 27, 26), (13, 14, 5, 4))
+"""Bits of a word that hold code 2j, from the sign to the lowest; code 2j + 1's are 16 further, around the word."""
 
 pack = jax.jit(hopper_layout.pack)
 dequantize = jax.jit(hopper_layout.dequantize, static_argnums=2)
@@ -104,11 +106,8 @@ def test_words_and_scales_lie_where_the_contract_says():
         word = int(words[expert, tile, k, thread * 4 + 2 * c + r])
         for j in range(4):
             for p in range(2):
-                half = (word >> 16 * p) & 0xFFFF
-                if j < 3:
-                    code = (half << 3 * j >> 12) & 8 | (half << 3 * j >> 6) & 7
-                else:
-                    code = (half >> 11) & 8 | (half >> 9) & 6 | (half >> 13) & 1
+                bits = [(word >> (place + 16 * p) % 32) & 1 for place in PLACES[j]]
+                code = 8 * bits[0] + 4 * bits[1] + 2 * bits[2] + bits[3]
                 k_in_tile = published_column(32 * c + 8 * j + 2 * t + p)
                 byte = int(blocks[expert, row, 2 * k + k_in_tile // 32, k_in_tile % 32 // 2])
                 assert code == (byte >> 4 * (k_in_tile % 2)) & 15

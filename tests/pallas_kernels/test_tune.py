@@ -7,7 +7,8 @@ import pytest
 
 from pallas_kernels import tune
 from pallas_kernels.experts.hopper_grouped_matmul import check
-from pallas_kernels.tune import FORMS, Shape, prefill_candidates
+from pallas_kernels.experts.tiles import decode
+from pallas_kernels.tune import FORMS, Shape, decode_candidates, prefill_candidates
 
 SMALL = Shape(num_experts=3, per_token=2, width=64, expert_width=64)
 
@@ -26,6 +27,13 @@ def test_candidates_fit_the_published_widths(rows_per_expert):
     for tiling in candidates:
         assert tiling.widths == tuple(sorted(set(tiling.widths)))
         assert check(tiling, num_row_tiles=45, k_tiles=45) == 45 // tiling.k_tiles
+
+
+@pytest.mark.parametrize("num_tokens", FORMS["decode"].tokens)
+def test_decode_candidates_contain_the_tables_own(num_tokens):
+    candidates = decode_candidates(num_tokens * 4 / 32)
+    assert len(candidates) == len(set(candidates)) <= 8
+    assert decode(num_tokens * 4, 32) in candidates
 
 
 def test_inputs_are_tokens_with_different_experts_each():
