@@ -52,7 +52,6 @@ class Attention(nnx.Module):
                 pool,
                 rows,
                 spec("N", WEIGHT_AXES),
-                spec("D N H", WEIGHT_AXES),
             ),
             out_specs=(activation("B T N H"), pool, pool),
             check_vma=False,
@@ -65,7 +64,6 @@ class Attention(nnx.Module):
             values,
             step,
             self.sinks[...],
-            self.output.weight[...],
         )
         return self.output(attended, residual=x, impl=impl), keys, values
 
@@ -79,7 +77,6 @@ def _project_write_attend(
     values: Float[Array, "P K slots H"],
     step: Step,
     sinks: Float[Array, " N"],
-    output_weight: Float[Array, "D N H"],
     *,
     eps: float,
     impl: Impl,
@@ -89,7 +86,7 @@ def _project_write_attend(
     cos, sin = (table.reshape(batch * num_tokens, -1) for table in rotation)
     queries, keys, values = project_to_cache(
         x.reshape(-1, width), norm_scale, query, query_bias, key, key_bias, value, value_bias, cos, sin,
-        keys, values, step.pages.reshape(-1), step.slots.reshape(-1), eps=eps, next_weight=output_weight, impl=impl,
+        keys, values, step.pages.reshape(-1), step.slots.reshape(-1), eps=eps, impl=impl,
     )  # fmt: skip
     queries = queries.reshape(batch, num_tokens, *queries.shape[1:])
     attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, window=step.window, impl=impl)

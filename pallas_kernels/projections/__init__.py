@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
@@ -12,26 +13,23 @@ __all__ = ["output", "project_to_cache", "route", "unembed"]
 
 
 def _backends(
-    reference: Callable[..., Any], hopper_kernel: Callable[..., Any], most: int
+    reference: Callable[..., Any], kernel: Callable[..., Any], most: int | None, *static: str
 ) -> dict[str, Callable[..., Any]]:
     """On a GPU the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast."""
+    hopper_kernel = jax.jit(kernel, static_argnames=static)  # layers share one trace, one lowering and one compilation
 
     def gpu(x: Array, *args: Any, **kwargs: Any) -> Any:
-        return (hopper_kernel if x.shape[0] <= most else reference)(x, *args, **kwargs)
+        few = most is None or x.shape[0] <= most
+        return (hopper_kernel if few else reference)(x, *args, **kwargs)
 
     return {"reference": reference, "cpu": reference, "hopper": hopper_kernel, "gpu": gpu}
 
 
 BACKENDS = {
-    "project_to_cache": {
-        "reference": reference.project_to_cache,
-        "cpu": reference.project_to_cache,
-        "hopper": hopper.project_to_cache,
-        "gpu": hopper.project_to_cache,
-    },
-    "output": _backends(reference.output, hopper.output, hopper.MAX_TOKENS),
-    "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED),
-    "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED),
+    "project_to_cache": _backends(reference.project_to_cache, hopper.project_to_cache, None, "eps", "tiles"),
+    "output": _backends(reference.output, hopper.output, hopper.MAX_TOKENS, "tiles"),
+    "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED, "eps", "experts_per_token", "tiles"),
+    "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED, "eps", "tiles"),
 }
 
 
@@ -52,7 +50,6 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
-    next_weight: Float[Array, "D N H"] | None = None,
     impl: Impl = "auto",
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """RMSNorm, then queries, keys and values; returns the queries, and the pools with the new keys and values in them.
@@ -63,9 +60,6 @@ def project_to_cache(
     The norm is computed in float32 and rounded once to x's dtype. Products accumulate in float32, the bias is added
     in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `cos` and
     `sin`, both rounded to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
-
-    `next_weight` is the output projection's, which is multiplied after attention: a kernel may have it brought into
-    the cache of the device while attention runs. It changes no result.
 
     Raises Unsupported if the named implementation cannot run these arguments.
 
@@ -83,7 +77,7 @@ def project_to_cache(
     """
     run = choose("project_to_cache", BACKENDS["project_to_cache"], impl)
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps, next_weight=next_weight)
+    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps)
 
 
 def output(

@@ -20,8 +20,6 @@ from pallas_kernels.projections.product import Tiles, multiply, total
 from pallas_kernels.projections.thread import Thread, Value
 
 UNITS_PER_HEAD = HEAD_DIM // 8
-MAX_TOKENS_AHEAD = 8
-"""Up to so many, attention leaves most of the memory's time unused: the next weight is fetched meanwhile."""
 
 
 def project_to_cache(
@@ -41,7 +39,6 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
-    next_weight: Float[Array, "D N H"] | None = None,
     tiles: Tiles,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """See `pallas_kernels.projections.project_to_cache`; arguments are checked by the caller."""
@@ -51,18 +48,13 @@ def project_to_cache(
     num_blocks = (num_heads + 2 * num_kv_heads) * UNITS_PER_HEAD // tiles.units
     num_pairs = tiles.rows // 2
     num_items, num_threads = num_tokens * num_pairs, 32 * tiles.warps
-    ahead_bytes = 0  # of the next weight, that each lane of a block's first warp asks for
-    if next_weight is None:
-        next_weight = norm_scale
-    elif num_tokens <= MAX_TOKENS_AHEAD:
-        ahead_bytes = next_weight.size * next_weight.dtype.itemsize // (num_blocks * 32) // 16 * 16
 
     def run(ctx, *refs) -> tuple[()]:
         del ctx
-        pointers = [code.address(ref) for ref in refs[:16]]
-        parts, squares, scale, extras, rows = (code.shared_address(ref) for ref in refs[16:])
+        pointers = [code.address(ref) for ref in refs[:15]]
+        parts, squares, scale, extras, rows = (code.shared_address(ref) for ref in refs[15:])
         x, norm_scale, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias = pointers[:8]
-        cos, sin, pages, slots, next_weight, keys, values, queries = pointers[8:]
+        cos, sin, pages, slots, keys, values, queries = pointers[8:]
         me = Thread.current()
         places = Places(num_heads, num_kv_heads, num_pages, num_slots, queries, keys, values, pages, slots)
         first_unit = code.times(code.block_index(), tiles.units)
@@ -112,11 +104,6 @@ def project_to_cache(
             meanwhile=lambda: code.each_turn(num_turns, stage),
         )
 
-        if ahead_bytes:
-            with mgpu.utils.when(code.less(me.index, 32)):
-                share = code.plus(code.times(code.block_index(), 32), me.index)
-                code.bring_to_l2(code.moved(next_weight, code.times(share, ahead_bytes)), ahead_bytes)
-
         def finish(turn: Value) -> None:
             index, token, pair, exists, place, dim = item(turn)
             with mgpu.utils.when(exists):
@@ -158,7 +145,7 @@ def project_to_cache(
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **cluster,
-    )(x, norm_scale, *weights, cos, sin, pages, slots, next_weight, key_pool, value_pool)
+    )(x, norm_scale, *weights, cos, sin, pages, slots, key_pool, value_pool)
     return queries, jax.freeze(key_pool), jax.freeze(value_pool)
 
 

@@ -47,7 +47,6 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
-    next_weight: Float[Array, "D N H"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """See `pallas_kernels.projections.project_to_cache`. Beyond MAX_TOKENS the product is XLA's, and `tiles` unused."""
@@ -74,9 +73,7 @@ def project_to_cache(
     num_words = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows + tiles.rows // 2) * num_tokens
     _check_shared(name, 4 * num_words + 2 * width)
     places = (keys, values, pages, slots)
-    return heads.project_to_cache(
-        x, norm_scale, *weights, cos, sin, *places, eps=eps, next_weight=next_weight, tiles=tiles
-    )
+    return heads.project_to_cache(x, norm_scale, *weights, cos, sin, *places, eps=eps, tiles=tiles)
 
 
 def output(

@@ -75,10 +75,8 @@ def project_to_cache(
     slots: Int[Array, " T"],
     *,
     eps: float,
-    next_weight: Float[Array, "D N H"] | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
     """See `pallas_kernels.projections.project_to_cache`."""
-    del next_weight
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     queries, *new = query_key_value(x, norm_scale, *weights, cos, sin, eps=eps)
     keys, values = (

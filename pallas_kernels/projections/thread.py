@@ -128,12 +128,6 @@ def pin() -> None:
     assembly([], [], "bar.warp.sync 0xffffffff;", "~{memory}", effect=True)
 
 
-def bring_to_l2(pointer: Value, num_bytes: int) -> None:
-    """Ask for a range of global memory, aligned to 16 bytes and a multiple of them, to be in the L2 cache soon."""
-    code = f"cp.async.bulk.prefetch.L2.global [$0], {num_bytes};"
-    assembly([], [pointer], code, "l", effect=True)
-
-
 def load_global_bfloat16(pointer: Value) -> Value:
     """One bfloat16 of global memory as a float32."""
     half = ir.IntegerType.get_signless(16)
