@@ -9,6 +9,9 @@ import jax
 
 Impl = Literal["auto", "reference", "hopper"]
 
+HOPPER_NAMES = ("H100", "H200", "H800", "H20")
+"""In the device kinds of NVIDIA's cards with compute capability 9.0; GH200 is one of them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -17,16 +20,17 @@ class Unsupported(ValueError):
 
 
 def platform() -> str:
-    """The platform ("cpu", "gpu", "tpu") the current computation is for.
+    """What the current computation is for: "cpu", "tpu", "hopper" (NVIDIA compute capability 9.0), or another "gpu".
 
     That of the ambient mesh's devices where one is set, so that a program can be compiled for a machine that is not
     there; else that of the default device.
     """
-    abstract_device = jax.sharding.get_abstract_mesh().abstract_device
-    name = None if abstract_device is None else abstract_device.platform
-    if name is None:
-        name = jax.default_backend()
-    return "gpu" if name in ("cuda", "rocm") else name
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return device.platform
+    return "hopper" if any(name in device.device_kind for name in HOPPER_NAMES) else "gpu"
 
 
 def choose(kernel: str, backends: Mapping[str, Callable[..., Any]], impl: str) -> Callable[..., Any]:

@@ -183,6 +183,8 @@ def nvidia_smi(query: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if named := os.environ.get(_COMMIT_VARIABLE):
+        return named
     folder = Path(__file__).parent
     if shutil.which("git") is not None:
         answer = subprocess.run(
@@ -193,7 +195,7 @@ def _commit() -> str | None:
         )
         if answer.returncode == 0:
             return answer.stdout.strip()
-    return os.environ.get(_COMMIT_VARIABLE)
+    return None
 
 
 def _version(package: str) -> str | None:

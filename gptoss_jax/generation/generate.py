@@ -20,8 +20,9 @@ from pallas_kernels.dispatch import platform
 
 FinishReason = Literal["stop", "length"]
 
-PREFILL_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 2048}
-"""The most tokens, over all rows of the batch, that one dispatch of `prefill` reads."""
+PREFILL_TOKENS = {"hopper": 8192, "tpu": 2048}
+"""Tokens, over all rows of the batch, that one dispatch of `prefill` reads on a platform; elsewhere fewer."""
+_FEWER_TOKENS = 512
 _SMALLEST_CHUNK = 16
 _MAX_STREAM_STEPS = 32
 _STREAM_SECONDS = 0.05  # a dispatch this short leaves a stream smooth
@@ -195,7 +196,7 @@ class _Run:
 def prefill_chunk(model: Transformer, batch: int) -> int:
     """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform."""
     with ambient_mesh(model.mesh):
-        return max(_SMALLEST_CHUNK, PREFILL_TOKENS[platform()] // batch)
+        return max(_SMALLEST_CHUNK, PREFILL_TOKENS.get(platform(), _FEWER_TOKENS) // batch)
 
 
 def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:

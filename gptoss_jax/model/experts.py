@@ -12,8 +12,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import parameter
 from gptoss_jax.sharding import MODEL_AXES, WEIGHT_AXES, activation, spec
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.experts import ExpertWeights, HopperExperts, experts, prepare
-from pallas_kernels.experts.hopper_layout import refuse_large_scales
+from pallas_kernels.experts import ExpertWeights, HopperExperts, experts, preparable, prepare
 from pallas_kernels.mxfp4 import BLOCK, BLOCK_BYTES, MXFP4
 
 _INIT_SCALE_BYTE = 121  # 2**-6: codes average about 3 in magnitude, so values about 0.05
@@ -61,21 +60,20 @@ class Experts(nnx.Module):
             down_bias=self.down.bias.get_value(),
         )
 
-    def prepare(self, impl: Impl) -> None:
-        """Put the weights in the order that the backend reads, in place: the published bytes are freed.
+    def preparable(self, experts_per_token: int, impl: Impl) -> bool:
+        """Whether the backend has an order of its own for these weights, and can take them."""
+        weights = self.weights
+        return isinstance(weights, ExpertWeights) and preparable(
+            weights, experts_per_token=experts_per_token, impl=impl
+        )
 
-        Raises Unsupported, before anything is changed, for weights that the backend cannot take.
-        """
+    def prepare(self, impl: Impl) -> None:
+        """Put preparable weights in the order that the backend reads, in place: the published bytes are freed."""
         published = self.weights
-        if not isinstance(published, ExpertWeights):
-            return
-        abstract = isinstance(published.gate_up_bias, jax.ShapeDtypeStruct)
+        abstract = isinstance(published.down_bias, jax.ShapeDtypeStruct)
         rearrange = functools.partial(_rearrange, impl=impl)
         prepared = jax.eval_shape(rearrange, published) if abstract else rearrange(published)
-        if isinstance(prepared, ExpertWeights):
-            return
         if not abstract:
-            refuse_large_scales(published)
             jax.block_until_ready(prepared)
             for leaf in jax.tree.leaves(published):
                 leaf.delete()
@@ -110,7 +108,7 @@ class Experts(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames="impl")
-def _rearrange(weights: ExpertWeights, *, impl: Impl) -> ExpertWeights | HopperExperts:
+def _rearrange(weights: ExpertWeights, *, impl: Impl) -> Any:
     split = spec("E", WEIGHT_AXES)
     run = functools.partial(prepare, impl=impl)
     return jax.shard_map(run, in_specs=(split,), out_specs=split, check_vma=False)(weights)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.sharding import MODEL_AXES, REPLICATED, WEIGHT_AXES, Axes, activation, spec
-from pallas_kernels.dispatch import Impl
+from pallas_kernels.dispatch import Impl, Unsupported
 from pallas_kernels.projections import output, route, unembed
 from pallas_kernels.projections.reference import multiply
 
@@ -63,7 +63,8 @@ class OutputProjection(nnx.Module):
             rows, stream = x.reshape(-1, *x.shape[2:]), residual.reshape(-1, residual.shape[-1])
             if jax.lax.axis_size("tensor") == 1:
                 return output(rows, weight, bias, stream, impl=impl).reshape(residual.shape)
-            # Parts of one sum are added up before anything is rounded.
+            if impl == "hopper":
+                raise Unsupported("output: heads split over devices: parts of one sum are added before it is rounded")
             product = multiply(rows.reshape(rows.shape[0], -1), weight.reshape(weight.shape[0], -1))
             y = jax.lax.psum(product, "tensor") + bias.astype(jnp.float32)
             return residual + y.astype(residual.dtype).reshape(residual.shape)

@@ -208,17 +208,19 @@ def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
 def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
-    In place, a layer at a time, so that device memory holds one layer's experts twice and no more. On a platform
-    whose kernels read the published order, and for float32 models, which the kernels do not multiply, nothing
-    changes. Takes an abstract model too. The order never reaches a checkpoint.
+    In place, a layer at a time, so that device memory holds one layer's experts twice and no more; the arrays that
+    held the published order are deleted. Nothing changes on a platform whose kernels read the published order, for
+    float32 models, which the kernels do not multiply, and, with a warning, for weights that the kernels cannot take.
+    Takes an abstract model too. Do not save a prepared model's parameters: a checkpoint holds the published order.
 
-    Raises Unsupported if the model names an implementation that cannot take its weights.
+    Raises Unsupported if the model names an implementation that cannot take its weights; then none has changed.
     """
     if model.impl == "auto" and model.dtype != jnp.bfloat16:
         return model
     with jax.set_mesh(model.mesh):
-        for layer in model.layers:
-            layer.experts.prepare(model.impl)
+        if all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers):
+            for layer in model.layers:
+                layer.experts.prepare(model.impl)
     return model
 
 

@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Impl, choose
 __all__ = ["attention"]
 
 _hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
-BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper, "gpu": _hopper}
+BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper}
 
 
 def attention(

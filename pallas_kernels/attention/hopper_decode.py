@@ -1,8 +1,13 @@
 """Attention of a few tokens over pages on Hopper: the pages of a row are dealt out to many warpgroups.
 
-Each warpgroup streams its pages from global memory into registers, where they are already the fragments of mma, and
-keeps a softmax of its own. The warpgroups of a block meet in shared memory, the blocks of a row and kv head in the
-shared memory of the first of them, as a cluster: no second kernel, and always the same order of additions.
+Each warpgroup asks for its pages ahead of the one it attends for. Until then they wait in shared memory, where only the
+thread that asked for a run of 16 bytes looks at it, or in that thread's registers (`Tuning.of` says when which); both
+ways they reach registers as the fragments of mma. A warpgroup keeps softmaxes of its own, one a warp. The warpgroups of
+a block meet in shared memory, the blocks of a row and kv head in the shared memory of the first of them, as a cluster:
+no second kernel, and always the same order of additions. The sink joins last.
+
+Under the interpreter the pieces are plain JAX (`hopper_decode_parts.interpreted`), and one block has all the pages of a
+row.
 """
 
 import dataclasses
@@ -17,10 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.hopper_decode_parts import Parts, hardware, interpreted
 from pallas_kernels.attention.hopper_decode_registers import ENTRIES, SLOTS
+from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS
 
 MAX_BLOCK_TOKENS = 2
 """Tokens a block attends for: with 8 query heads each, they fill the 16 rows of mma."""
-NUM_MULTIPROCESSORS = 132
 FEW_PAGES = 12
 """Up to so many, one block reads them all: the windows of sliding layers."""
 MODERATE_PAGES = 64
@@ -38,11 +43,14 @@ class Tuning:
     depth: int = 2
     """Pages on their way to a warpgroup."""
     shared: bool = True
-    """Whether they wait in shared memory, 16 KB each, and not in 32 registers a thread."""
+    """Whether they wait in shared memory (cp.async), 16 KB each, and not in 32 registers a thread."""
 
     @classmethod
     def of(cls, num_blocks: int, most_pages: int, block_tokens: int) -> "Tuning":
         """For so many pairs of tokens x kv heads, each of which sees at most so many pages.
+
+        Pages wait in registers for one token a row that may see more than MODERATE_PAGES, or more than FEW_PAGES in a
+        batch too large for eight blocks a row and kv head; else in shared memory.
 
         H200, 2026-11-22, us a call: a window of 128 at batch 1, 8, 32, 128: 2.8, 3.0, 5.4, 14.6; 1024 keys: 3.7, 8.3,
         21.7, 73.8 (3.6 TB/s); 131,072 keys at batch 1: 78 (3.4 TB/s).

@@ -17,7 +17,6 @@ from pallas_kernels import hopper
 from pallas_kernels.attention.hopper_decode_registers import (
     GROUP,
     LANE_VALUES,
-    LOG2_E,
     LOWEST,
     PART_VALUES,
     SCALAR,
@@ -28,6 +27,7 @@ from pallas_kernels.attention.hopper_decode_registers import (
     state_layouts,
     values_of,
 )
+from pallas_kernels.hopper_card import LOG2_E
 
 
 def store(num_tokens: int) -> Callable[..., None]:

@@ -16,7 +16,8 @@ from jax import lax
 
 from pallas_kernels.attention import hopper_decode_merge as merging
 from pallas_kernels.attention import hopper_decode_registers as registers
-from pallas_kernels.attention.hopper_decode_registers import GROUP, LOG2_E, LOWEST, SCALE, SLOTS, WARPS, WIDTH
+from pallas_kernels.attention.hopper_decode_registers import GROUP, LOWEST, SCALE, SLOTS, WARPS, WIDTH
+from pallas_kernels.hopper_card import LOG2_E
 
 
 @dataclasses.dataclass(frozen=True)

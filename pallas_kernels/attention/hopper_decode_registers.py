@@ -1,7 +1,8 @@
 """Attention of a warpgroup over one page in registers, as inline PTX for `plgpu.inline_mgpu`.
 
-On the hardware each warp has 16 keys of a page. Lane 4 * g + t loads what it needs of them as 16-byte runs, without
-shared memory: the order of the head's dimensions within a product, and of the answer's columns, is free.
+On the hardware each warp has 16 keys of a page. Lane 4 * g + t loads what it needs of them as 16-byte runs, into
+registers at once or by way of a place in shared memory that no other thread looks at. So nothing is exchanged: the order of the
+head's dimensions within a product, and of the answer's columns, is free.
 
     scores      16 rows (8 query heads of one or two tokens) x 8 keys, key g: dimensions 8t .. 8t + 7 and 32 + 8t ..
     weighted    16 dimensions x 8 query heads, four times, so that the scores' registers are its right operand: rows g
@@ -22,6 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import hopper
+from pallas_kernels.hopper_card import LOG2_E
 
 GROUP = 8
 SLOTS = 64
@@ -32,9 +34,7 @@ LANE_VALUES = 16
 PART_VALUES = 32 * LANE_VALUES
 LOWEST = -1e30
 """The running maximum before the first key; finite, so that differences of two of them are."""
-SCALE = WIDTH**-0.5 * math.log2(math.e)
-LOG2_E = math.log2(math.e)
-
+SCALE = WIDTH**-0.5 * LOG2_E
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 VECTOR = 4

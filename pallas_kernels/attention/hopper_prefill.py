@@ -1,13 +1,17 @@
 """Attention of many tokens over pages on Hopper: wgmma tiles of 8 tokens x 8 query heads of one kv head.
 
 The warpgroups of a block share the pages of one kv head, which a warpgroup of its own brings through a ring in shared
-memory, and attend for one tile after the other. Within a warpgroup the softmax of one step, of two pages, overlaps the
-products of the next and the previous one (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608).
+memory, and attend for one tile after the other. A step is two pages, or one where queries see few (windows). Within a
+warpgroup the softmax of one step overlaps the products of the next and the previous one (Shah et al. 2024,
+FlashAttention-3, arXiv 2407.08608). A row's running maximum starts from its sink, and its denominator from the sink's
+weight, one.
+
+Under the interpreter the products are plain JAX (`hopper_prefill_parts.interpreted`); the ring, its barriers and copies
+are those of the hardware.
 """
 
 import dataclasses
 import functools
-import math
 import types
 
 import jax
@@ -19,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import hopper_prefill_plan as planning
 from pallas_kernels.attention.hopper_prefill_parts import WIDTH, Parts, hardware, interpreted
+from pallas_kernels.hopper_card import LOG2_E, NUM_MULTIPROCESSORS
 
 GROUP = 8
 SLOTS = 64
@@ -29,7 +34,6 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 """One number per row of a tile."""
 FEW_PAGES = 12
 """Up to so many, steps of two pages would mostly be edges: the windows of sliding layers."""
-LOG2_E = math.log2(math.e)
 LOWEST_SINK = -1e30
 """Stands in for a sink of minus infinity: the running maximum, which starts there, stays finite."""
 
@@ -44,7 +48,7 @@ class Tuning:
     """Steps whose keys, and whose values, are in shared memory."""
     pages: int = 2
     """Of a step."""
-    blocks: int = 132
+    blocks: int = NUM_MULTIPROCESSORS
     """That share the tiles: one for each multiprocessor."""
 
     @classmethod
@@ -228,7 +232,7 @@ class _Tiles:
 
 
 def _attend(queries, sink, begin, done, num_steps, visibility: "_Visibility", memory, tuning: Tuning, parts: Parts):
-    """The attended rows of one warpgroup; one sink per row; `done` steps have been through the ring before."""
+    """The attended rows of one warpgroup; one base-2 sink a row; `done` steps have been through the ring before."""
     scale = WIDTH**-0.5 * LOG2_E
     columns = tuning.pages * SLOTS
     zero = lax.shift_right_logical(begin, 31)

@@ -1,7 +1,7 @@
 """The products of the prefill kernel, and what stands in for them under the interpreter.
 
-On the hardware a page's scores and the previous page's weighted values are in the tensor cores at once, with both left
-operands in registers. The interpreter knows neither; there both are jax.numpy.
+On the hardware a step's scores and the previous step's weighted values are in the tensor cores at once; queries are read
+from shared memory, weights from registers. The interpreter knows neither; there both are jax.numpy.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Softmax = Callable[[Any], tuple[Any, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The products of one warpgroup; keys and values are refs of one page in shared memory."""
+    """The products of one warpgroup; keys and values are refs of one step's pages in shared memory."""
 
     first: Callable[..., Any]
     """(queries, keys, release keys) -> scores."""

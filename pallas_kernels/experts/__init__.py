@@ -8,15 +8,19 @@ from pallas_kernels.experts import hopper, hopper_layout, reference
 from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.weights import ExpertWeights
 
-__all__ = ["ExpertWeights", "HopperExperts", "experts", "prepare"]
+__all__ = ["ExpertWeights", "HopperExperts", "experts", "preparable", "prepare"]
 
 _hopper = jax.jit(hopper.experts, static_argnames=("alpha", "limit"))  # so that layers share one trace and lowering
-BACKENDS = {"reference": reference.experts, "cpu": reference.experts, "hopper": _hopper, "gpu": _hopper}
+BACKENDS = {"reference": reference.experts, "cpu": reference.experts, "hopper": _hopper}
 PREPARE = {
     "reference": lambda weights: weights,
     "cpu": lambda weights: weights,
     "hopper": hopper_layout.pack,
-    "gpu": hopper_layout.pack,
+}
+PREPARABLE = {
+    "reference": lambda weights, *, experts_per_token: False,
+    "cpu": lambda weights, *, experts_per_token: False,
+    "hopper": hopper.preparable,
 }
 
 
@@ -43,6 +47,15 @@ def experts(
     """
     run = choose("experts", BACKENDS, impl)
     return run(x, weights, expert_ids, routing, alpha=alpha, limit=limit)
+
+
+def preparable(weights: ExpertWeights, *, experts_per_token: int, impl: Impl = "auto") -> bool:
+    """Whether `prepare` would rearrange these weights, for so many experts per token. Looks at values: not under jit.
+
+    Once rearranged, they are of use to that implementation alone: the reference cannot stand in for it any more. So
+    what it could not run is found here; a named one raises Unsupported, "auto" warns and answers no.
+    """
+    return choose("experts", PREPARABLE, impl)(weights, experts_per_token=experts_per_token)
 
 
 def prepare(weights: ExpertWeights, *, impl: Impl = "auto") -> ExpertWeights | HopperExperts:

@@ -1,9 +1,10 @@
 """The expert layer on Hopper GPUs: which of its two forms runs."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts import hopper_decode, hopper_prefill
+from pallas_kernels.experts import hopper_decode, hopper_layout, hopper_prefill
 from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.weights import ExpertWeights
 
@@ -27,3 +28,16 @@ def experts(
     few = x.shape[0] <= hopper_decode.MAX_TOKENS and expert_ids.size <= MAX_DECODE_ROWS * weights.num_experts
     form = hopper_decode if few else hopper_prefill
     return form.experts(x, weights, expert_ids, routing, alpha=alpha, limit=limit)
+
+
+def preparable(weights: ExpertWeights, *, experts_per_token: int) -> bool:
+    """See `pallas_kernels.experts.preparable`: Unsupported if the kernels could not run these weights, else yes."""
+    if experts_per_token > hopper_decode.MAX_PER_TOKEN:
+        raise Unsupported(
+            f"experts: the Hopper kernels take 1 to {hopper_decode.MAX_PER_TOKEN} experts per token, not "
+            f"{experts_per_token}"
+        )
+    hopper_layout.refuse_odd_widths(weights)
+    if not isinstance(weights.down_bias, jax.ShapeDtypeStruct):
+        hopper_layout.refuse_large_scales(weights)
+    return True

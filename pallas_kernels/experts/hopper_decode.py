@@ -2,6 +2,8 @@
 
 The first multiplies by gate and up and applies SwiGLU, the second multiplies by down and the routing weights; the sum
 over a token's experts is left to whatever XLA fuses it with. Nothing is sorted or gathered between them.
+
+Both are inline PTX as a whole, which the interpreter does not know: a CPU checks arguments and lowers, a GPU multiplies.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from pallas_kernels.experts.hopper_schedule import Rows, Schedule
 from pallas_kernels.experts.hopper_stream import STRIP_ROWS, Finish, Stream, Strip
 from pallas_kernels.experts.tiles import DecodeTiles
 from pallas_kernels.hopper import Value, f32
+from pallas_kernels.hopper_card import LOG2_E
 from pallas_kernels.hopper_words import WARP, Condition, Word, pointer, store, thread
 
 MAX_TOKENS = 128
@@ -30,7 +33,6 @@ MAX_COLUMNS = 32
 MAX_WARPGROUPS = 4
 """Six, with fewer registers each, were slower throughout."""
 _WARPS_PER_GROUP = 4
-_LOG2_E = 1.4426950408889634
 
 
 def experts(
@@ -43,7 +45,8 @@ def experts(
     limit: float,
     tiles: DecodeTiles | None = None,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.experts.experts`; for up to 128 tokens of bfloat16. `tiles`: those of the table by default.
+    """See `pallas_kernels.experts.experts`; for up to 128 tokens of bfloat16, best for up to 8 rows an expert on
+    average, beyond which `experts.hopper` takes the other form. `tiles`: those of the table by default.
 
     The activation between the two products is rounded to bfloat16; everything else stays in float32 up to the result.
 
@@ -281,6 +284,6 @@ def _swiglu(gate: Value, up: Value, *, alpha: float, limit: float) -> Value:
 
     gate = arith.minnumf(gate, c(limit))
     up = arith.maxnumf(arith.minnumf(up, c(limit)), c(-limit))
-    exponential = approximately("ex2", arith.mulf(gate, c(-alpha * _LOG2_E)))
+    exponential = approximately("ex2", arith.mulf(gate, c(-alpha * LOG2_E)))
     sigmoid = approximately("rcp", arith.addf(exponential, c(1.0)))
     return arith.mulf(arith.mulf(gate, sigmoid), arith.addf(up, c(1.0)))

@@ -21,10 +21,8 @@ from pallas_kernels.experts.hopper_layout import TILE, TILE_SCALES, TILE_WORDS
 from pallas_kernels.experts.hopper_prefill_parts import SwiGLU
 from pallas_kernels.experts.hopper_routing import Grouping
 from pallas_kernels.experts.tiles import Tiling
+from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
 
-NUM_MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM)."""
-SHARED_MEMORY = 227 * 1024
 _RESERVED = 4096
 _REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 24)}
 """Of a multiplying thread and of a copying one, by the number of multiplying warpgroups: 64 k registers in all."""
@@ -244,4 +242,4 @@ def _stages_that_fit(tiling: Tiling, columns: int) -> int:
     weights = tiling.warpgroups * tiling.k_tiles * (TILE_WORDS + TILE_SCALES) * 4
     stage = tiling.widths[-1] * TILE * tiling.k_tiles * 2 + weights
     out = tiling.warpgroups * tiling.widths[-1] * columns * 2
-    return min(_MAX_STAGES, (SHARED_MEMORY - _RESERVED - out) // stage)
+    return min(_MAX_STAGES, (SHARED_BYTES - _RESERVED - out) // stage)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.hopper_grouped_matmul import NUM_MULTIPROCESSORS, SHARED_MEMORY
 from pallas_kernels.experts.hopper_layout import TILE
 from pallas_kernels.experts.hopper_routing import Grouping, max_tiles, num_grouped_rows
 from pallas_kernels.hopper import Value, address, assembly, i32, load_vector_if, load_word_if, shared_address
+from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.hopper_words import (
     WARP,
     Condition,
@@ -65,10 +65,10 @@ def spread(
     if x.shape[1] % TILE:
         raise Unsupported(f"grouping: tokens of width {x.shape[1]}, takes multiples of {TILE}")
     plan = _Plan(num_tokens, per_token, num_experts, x.shape[1] // _VECTOR, widths)
-    if plan.shared_words * 4 > SHARED_MEMORY:
+    if plan.shared_words * 4 > SHARED_BYTES:
         raise Unsupported(
             f"grouping: {num_tokens} tokens with {per_token} of {num_experts} experts each need "
-            f"{plan.shared_words * 4} bytes of shared memory, there are {SHARED_MEMORY}"
+            f"{plan.shared_words * 4} bytes of shared memory, there are {SHARED_BYTES}"
         )
     tiles = jax.ShapeDtypeStruct((max_tiles(expert_ids.size, num_experts, widths),), jnp.int32)
     outs = (

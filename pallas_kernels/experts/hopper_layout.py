@@ -83,9 +83,7 @@ def pack(weights: ExpertWeights) -> HopperExperts:
         >>> packed.gate_up_words.shape, packed.down_words.shape
         ((3, 4, 1, 512), (3, 1, 2, 512))
     """
-    width, expert_width = weights.gate_up.shape[-1], weights.down.shape[-1]
-    if width % TILE or expert_width % TILE:
-        raise Unsupported(f"tiles of {TILE}: D = {width} and F = {expert_width} must both be multiples of it")
+    refuse_odd_widths(weights)
     return HopperExperts(
         gate_up_words=_pack_words(_gate_up_rows(_block_words(weights.gate_up.blocks))),
         gate_up_scales=_pack_scales(_gate_up_rows(weights.gate_up.scales)),
@@ -94,6 +92,13 @@ def pack(weights: ExpertWeights) -> HopperExperts:
         down_scales=_pack_scales(_down_rows(weights.down.scales)),
         down_bias=_pack_bias(_down_rows(weights.down_bias)),
     )
+
+
+def refuse_odd_widths(weights: ExpertWeights) -> None:
+    """Raise Unsupported unless D and F are multiples of 64."""
+    width, expert_width = weights.gate_up.shape[-1], weights.down.shape[-1]
+    if width % TILE or expert_width % TILE:
+        raise Unsupported(f"tiles of {TILE}: D = {width} and F = {expert_width} must both be multiples of it")
 
 
 def refuse_large_scales(weights: ExpertWeights) -> None:

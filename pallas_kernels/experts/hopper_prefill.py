@@ -25,9 +25,10 @@ def experts(
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> BFloat16[Array, "T D"]:
-    """See `pallas_kernels.experts.experts`: any number of tokens, best for more than 64.
+    """See `pallas_kernels.experts.experts`: any number; used beyond 128 tokens, or 8 rows an expert on average.
 
-    The activations and each expert's answer are rounded to bfloat16. `interpret` runs the kernels on the CPU.
+    The activations and each expert's answer are rounded to bfloat16. `interpret` runs the two products on the CPU, with
+    `hopper_routing.spread` before them in place of the `hopper_grouping` kernel, which is inline PTX.
 
     Raises Unsupported for more than 8 experts a token, tokens not of bfloat16, and widths the weights do not have.
     """

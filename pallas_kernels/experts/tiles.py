@@ -5,6 +5,8 @@ Measured on an H200 on 2026-11-22; `python -m pallas_kernels.tune` measures agai
 
 import dataclasses
 
+from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -44,8 +46,8 @@ class DecodeTiles:
     more for 16, since there is a sum for each row of the expert."""
     warpgroups: int = 4
     """Four warps each, of which one in all only adds up. Fewer leave a warp more registers."""
-    num_blocks: int = 132
-    """One per multiprocessor of an H100 or H200 with SXM."""
+    num_blocks: int = NUM_MULTIPROCESSORS
+    """One per multiprocessor."""
 
 
 # The decode form. Microseconds of gate and up / down at the published 20b widths (2880 x 2880), 4 experts a token

@@ -13,16 +13,15 @@ __all__ = ["output", "project_to_cache", "route", "unembed"]
 
 
 def _backends(
-    reference: Callable[..., Any], kernel: Callable[..., Any], most: int | None, *static: str
+    plain: Callable[..., Any], kernel: Callable[..., Any], most: int | None, *static: str
 ) -> dict[str, Callable[..., Any]]:
-    """On a GPU the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast."""
-    hopper_kernel = jax.jit(kernel, static_argnames=static)  # layers share one trace, one lowering and one compilation
+    """On Hopper the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast."""
+    few_rows = jax.jit(kernel, static_argnames=static)  # layers share one trace, one lowering and one compilation
 
-    def gpu(x: Array, *args: Any, **kwargs: Any) -> Any:
-        few = most is None or x.shape[0] <= most
-        return (hopper_kernel if few else reference)(x, *args, **kwargs)
+    def hopper(x: Array, *args: Any, **kwargs: Any) -> Any:
+        return (few_rows if most is None or x.shape[0] <= most else plain)(x, *args, **kwargs)
 
-    return {"reference": reference, "cpu": reference, "hopper": hopper_kernel, "gpu": gpu}
+    return {"reference": plain, "cpu": plain, "hopper": hopper}
 
 
 BACKENDS = {
@@ -91,8 +90,7 @@ def output(
     """Heads back to the model's width, with bias, added to the residual stream.
 
     The product accumulates in float32, the bias is added in float32, the sum is rounded to the residual's dtype and
-    added to it in that dtype. Where heads are split over devices, give one of them the bias and the residual, the
-    others zeros. Local arrays: call inside shard_map.
+    added to it in that dtype. Local arrays: call inside shard_map.
 
     Raises Unsupported if the named implementation cannot run these arguments.
 

@@ -46,11 +46,11 @@ def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     model = _model(config, mesh)
     if kind == "prefill":
         length = int(number)
-        cache = _cache(config, mesh, batch=1, room=length, chunk=PREFILL_TOKENS["gpu"])
+        cache = _cache(config, mesh, batch=1, room=length, chunk=PREFILL_TOKENS["hopper"])
         tokens = _array(mesh, (1, length), jnp.int32, "data")
         return prefill.lower(model, cache, tokens, _array(mesh, (1,), jnp.int32, "data")).compile()
     batch = int(number)
-    cache = _cache(config, mesh, batch=batch, room=_CONTEXT, chunk=PREFILL_TOKENS["gpu"] // batch)
+    cache = _cache(config, mesh, batch=batch, room=_CONTEXT, chunk=PREFILL_TOKENS["hopper"] // batch)
     stop_ids = _array(mesh, (2,), jnp.int32)
     logits = _array(mesh, (batch, config.vocab_size), jnp.float32)
     settings = jax.tree.map(

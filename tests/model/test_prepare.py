@@ -9,6 +9,7 @@ import pytest
 
 from gptoss_jax.model.transformer import abstract, leaves, prepare
 from gptoss_jax.sharding import make_mesh
+from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts import ExpertWeights, HopperExperts, hopper_layout
 from pallas_kernels.experts.hopper_layout import ScaleTooLarge
@@ -54,8 +55,39 @@ def test_widths_that_do_not_tile_are_refused():
         prepare(random_model(dtype=jnp.bfloat16, impl="hopper"))
 
 
+def with_a_large_scale(impl):
+    """A model whose last layer holds a scale byte that the Hopper kernels cannot reach."""
+    model = random_model(TILED, dtype=jnp.bfloat16, impl=impl)
+    scales = model.layers[-1].experts.gate_up.scales
+    changed = np.array(scales.get_value())
+    changed[0, 0, 0] = 129
+    scales.set_value(jax.device_put(changed, scales.get_value().sharding))
+    return model
+
+
+def published(model):
+    return [
+        isinstance(weights := layer.experts.weights, ExpertWeights) and not weights.down.blocks.is_deleted()
+        for layer in model.layers
+    ]
+
+
 def test_scales_out_of_the_kernels_reach_are_refused_and_nothing_is_lost():
-    model = random_model(TILED, dtype=jnp.bfloat16, impl="hopper", scale_bytes=(129, 130))
+    model = with_a_large_scale("hopper")
     with pytest.raises(ScaleTooLarge, match="scale byte of 129"):
         prepare(model)
-    assert not model.layers[0].experts.weights.gate_up.blocks.is_deleted()
+    assert all(published(model))
+
+
+def test_weights_that_no_kernel_takes_stay_as_published_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "platform", lambda: "hopper")
+    many = dataclasses.replace(TILED, experts_per_token=9, num_experts=16)
+    for model, words in (
+        (with_a_large_scale("auto"), "scale byte of 129"),
+        (random_model(many, dtype=jnp.bfloat16), "1 to 8 experts per token, not 9"),
+        (random_model(dtype=jnp.bfloat16), "96"),
+    ):
+        dispatch._warn_once.cache_clear()
+        prepare(model)
+        assert all(published(model))
+        assert words in caplog.text
