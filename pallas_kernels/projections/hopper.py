@@ -5,9 +5,6 @@ matrix products, which read the weights once for all tokens just the same, are a
 queries, keys and values is a kernel then too.
 """
 
-from collections.abc import Sequence
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,8 +17,6 @@ from pallas_kernels.projections.vocabulary import STRIP_ROWS, StreamTiles
 
 MAX_TOKENS = 32
 """Most rows of a kernel that multiplies with the weights of queries, keys and values, or of the output."""
-MAX_SEPARATE_TOKENS = 1024
-"""Most rows whose three products XLA does one by one."""
 MAX_ROUTED = 128
 """Most rows of a route kernel."""
 MAX_UNEMBEDDED = 32
@@ -65,7 +60,9 @@ def project_to_cache(
     _check(name, num_tokens > 0, "0 tokens, not 1 or more")
     if num_tokens > MAX_TOKENS:
         normed = reference.norm(x, norm_scale, eps=eps)
-        product = _joint_product(normed, [each.reshape(-1, width) for each in (query_weight, key_weight, value_weight)])
+        # One product of the weights side by side: XLA joins three products that share an operand in any case.
+        weight = jnp.concatenate([each.reshape(-1, width) for each in (query_weight, key_weight, value_weight)])
+        product = reference.multiply(normed, weight)
         return append.append(product, query_bias, key_bias, value_bias, cos, sin, keys, values, pages, slots)
     _check_sizes(name, num_tokens, width, MAX_TOKENS)
     num_units = (query_weight.shape[0] + 2 * key_weight.shape[0]) * heads.UNITS_PER_HEAD
@@ -152,17 +149,6 @@ def unembed(
     if tiles is None:
         tiles = StreamTiles(NUM_PROCESSORS, 12, 5 if num_tokens <= 8 else 4)
     return vocabulary.unembed(x, norm_scale, weight, eps=eps, tiles=tiles)
-
-
-def _joint_product(x: Float[Array, "T D"], weights: Sequence[Float[Array, "out D"]]) -> Float[Array, "T all"]:
-    """The products side by side. For few rows, weights are not copied into one, which costs as much as a product."""
-    if x.shape[0] > MAX_SEPARATE_TOKENS:
-        return reference.multiply(x, jnp.concatenate(weights))
-    products = []
-    for weight in weights:
-        x, product = jax.lax.optimization_barrier((x, reference.multiply(x, weight)))  # or XLA would join the weights
-        products.append(product)
-    return jnp.concatenate(products, axis=1)
 
 
 def _units(num_units: int) -> int:
