@@ -16,6 +16,7 @@ from convert.progress import format_bytes
 from convert.source import HUB_PREFIX, open_source
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
+from gptoss_jax.generation.generate import PREFILL_TOKENS
 from gptoss_jax.manifest import CONFIG, is_converted, is_partial, partial_directory, read_manifest
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.parameters import Parameter, num_active_parameters, num_parameters, parameters
@@ -23,6 +24,8 @@ from gptoss_jax.parameters import Parameter, num_active_parameters, num_paramete
 MEMORY_GB = (16, 24, 48, 80, 141)
 """Of common accelerators."""
 CONTEXTS = (4096, 32768, 131072)
+CHUNK, HOPPER_CHUNK = 512, PREFILL_TOKENS["hopper"]
+"""Tokens of a prompt that `generate` reads at a time: on a CPU, on a Hopper GPU. A sliding layer's ring holds them."""
 _FREE_SHARE = 0.1
 """Of the memory, left to activations and the runtime."""
 # First match wins: the start of a path inside its layer, and the group it is listed in.
@@ -66,10 +69,17 @@ class Report:
     is_converted: bool
     groups: tuple[Group, ...]
     cache_bytes: dict[int, int]
-    """Of the keys and values of one sequence in bfloat16, by its tokens."""
+    """Of the keys and values of one sequence in bfloat16, by its tokens, its prompt read `cache_chunk` at a time."""
+    hopper_cache_bytes: dict[int, int]
+    """The same where a prompt is read alone on a Hopper GPU, `hopper_cache_chunk` tokens at a time."""
+    cache_chunk: int = CHUNK
+    hopper_cache_chunk: int = HOPPER_CHUNK
 
     def sequences(self, memory_gb: int, context: int) -> int:
-        """How many sequences of `context` tokens fit beside the weights; -1 when the weights alone do not."""
+        """How many sequences of `context` tokens fit beside the weights; -1 when the weights alone do not.
+
+        Prompts are read `cache_chunk` tokens at a time.
+        """
         room = memory_gb * 1e9 * (1 - _FREE_SHARE) - self.num_bytes
         return math.floor(room / self.cache_bytes[context]) if room >= 0 else -1
 
@@ -89,7 +99,6 @@ class Report:
         config = self.config
         dtypes = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.bytes_by_dtype.items())
         names = ", ".join(name for name, _ in self.files)
-        caches = ", ".join(f"{format_bytes(size)} for {length:,} tokens" for length, size in self.cache_bytes.items())
         return [
             f"{self.path}: {self.form}",
             f"  {config.num_layers} layers, width {config.hidden_size}, {config.num_heads} query and "
@@ -99,7 +108,9 @@ class Report:
             f"  parameters {self.num_parameters:,}, active for one token {self.num_active_parameters:,}",
             f"  bytes {self.num_bytes:,}: {dtypes}",
             f"  {'converted from ' if self.is_converted else ''}{len(self.files)} files: {names}",
-            f"  cache of one sequence: {caches}",
+            "  cache of one sequence:",
+            f"    {_sizes(self.cache_bytes)}, read {self.cache_chunk} at a time (a CPU)",
+            f"    {_sizes(self.hopper_cache_bytes)}, read {self.hopper_cache_chunk} at a time (a Hopper GPU)",
         ]
 
     def _group_table(self) -> list[str]:
@@ -115,7 +126,13 @@ class Report:
             counts = [self.sequences(memory, context) for context in self.cache_bytes]
             rows.append([f"{memory} GB", *("weights do not fit" if count < 0 else f"{count:,}" for count in counts)])
         header = ["one device", *(f"sequences of {context:,}" for context in self.cache_bytes)]
-        return [*_table(header, rows), f"  ({_FREE_SHARE:.0%} of the memory left to activations; bfloat16 cache)"]
+        more = max(size - self.cache_bytes[context] for context, size in self.hopper_cache_bytes.items())
+        return [
+            *_table(header, rows),
+            f"  ({_FREE_SHARE:.0%} of the memory left to activations; bfloat16 cache; prompts read {self.cache_chunk} "
+            f"tokens at a time, or {self.hopper_cache_chunk} over all",
+            f"  sequences on a Hopper GPU, which takes up to {format_bytes(more)} more in all)",
+        ]
 
 
 def inspect(path: str | Path) -> Report:
@@ -142,11 +159,11 @@ def inspect(path: str | Path) -> Report:
     return report
 
 
-def cache_bytes(config: ModelConfig) -> dict[int, int]:
-    """Bytes of the keys and values of one sequence in bfloat16, by its tokens."""
+def cache_bytes(config: ModelConfig, *, chunk: int = CHUNK) -> dict[int, int]:
+    """Bytes of the keys and values of one sequence in bfloat16, by its tokens; `chunk` of them are read at a time."""
     lengths = [length for length in CONTEXTS if length <= config.max_context] or [config.max_context]
-    caches = {n: jax.eval_shape(functools.partial(Cache.create, config, batch=1, max_length=n)) for n in lengths}
-    return {length: cache.nbytes for length, cache in caches.items()}
+    create = functools.partial(Cache.create, config, batch=1, max_chunk=chunk)
+    return {length: jax.eval_shape(functools.partial(create, max_length=length)).nbytes for length in lengths}
 
 
 def _report(
@@ -170,6 +187,7 @@ def _report(
         groups=_groups(list(tree)),
         is_converted=is_converted,
         cache_bytes=cache_bytes(config),
+        hopper_cache_bytes=cache_bytes(config, chunk=HOPPER_CHUNK),
     )
 
 
@@ -182,6 +200,10 @@ def _groups(tree: list[Parameter]) -> tuple[Group, ...]:
         Group(name, len(group), sum(p.num_values for p in group), sum(p.num_bytes for p in group))
         for name, group in members.items()
     )
+
+
+def _sizes(by_length: dict[int, int]) -> str:
+    return ", ".join(f"{format_bytes(size)} for {length:,} tokens" for length, size in by_length.items())
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

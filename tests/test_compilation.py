@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+from gptoss_jax import compilation
 from gptoss_jax.compilation import enable_cache
 
 PROGRAM = """if True:
@@ -50,10 +52,12 @@ def test_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 def test_what_the_user_chose_stays(tmp_path: Path) -> None:
     own, ours = tmp_path / "own", tmp_path / "ours"
-    assert run(str(ours), JAX_COMPILATION_CACHE_DIR=str(own))[0] == str(own)
+    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert run(str(ours), JAX_COMPILATION_CACHE_DIR=str(own), **always)[0] == str(own)
     assert run(str(ours), JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
+    assert not ours.exists()
+    assert list(own.glob("*-cache"))
     assert run(str(ours))[2] == "0.5"
-    assert not list(own.glob("*")) or own.is_dir()
 
 
 def test_no_cache_on_a_cpu_unless_asked_for(tmp_path: Path) -> None:
@@ -61,17 +65,56 @@ def test_no_cache_on_a_cpu_unless_asked_for(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """JAX's settings of the cache, put back."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.mark.usefixtures("settings")
 def test_users_cache_folder_on_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    try:
-        assert enable_cache() == tmp_path / "gptoss-jax" / "xla"
-        assert enable_cache() == tmp_path / "gptoss-jax" / "xla"
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "gptoss-jax" / "xla")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    assert enable_cache() == tmp_path / "gptoss-jax" / "xla"
+    assert enable_cache() == tmp_path / "gptoss-jax" / "xla"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "gptoss-jax" / "xla")
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("chosen", "kept"), [(1.0, 0.5), (0.0, 0.0), (20.0, 20.0)])
+def test_shortest_compilation_set_in_the_program_stays(
+    chosen: float, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", chosen)
+    assert enable_cache(tmp_path / "cache") == tmp_path / "cache"
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == kept
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("mode", "used"), [(0o700, True), (0o755, True), (0o770, False), (0o707, False)])
+def test_folder_that_others_can_write_to_is_not_used(
+    mode: int, used: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    assert enable_cache(folder) == (folder if used else None)
+    assert ("other users can write here" in caplog.text) is not used
+    assert jax.config.jax_compilation_cache_dir == (str(folder) if used else None)
+
+
+@pytest.mark.usefixtures("settings")
+def test_folder_of_another_user_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "_ROOT", -1)
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    assert enable_cache(tmp_path / "cache") is None
+    assert "other users can write here" in caplog.text
 
 
 def test_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,14 +48,16 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.json, options.plot):
         if path is not None and not path.resolve().parent.is_dir():
             raise BenchError("no such folder", where=str(path), fix="make it first")
+        if path is not None and path.is_dir():
+            raise BenchError("a folder", where=str(path), fix="name a file in it")
     if options.checkpoint is not None and options.model is not None:
         raise BenchError("a checkpoint and --model", where="--model", fix="give one of the two")
 
     from gptoss_jax.bench import memory, plot
 
     if options.plot is not None:
-        plot.check()
-    limit = None if options.memory_limit_gb is None else memory.hold(round(options.memory_limit_gb * _GB))
+        plot.check(options.plot)
+    limit = None if options.memory_limit_gb is None else memory.hold(options.memory_limit_gb * _GB)
 
     from gptoss_jax.bench.kernels import TOKEN_COUNTS
     from gptoss_jax.bench.report import Table, surroundings, write

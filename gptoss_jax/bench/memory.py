@@ -10,7 +10,7 @@ OUTSIDE_BYTES = 800_000_000
 _MIB = 2**20
 
 
-def hold(limit_bytes: int) -> dict[str, int]:
+def hold(limit_bytes: int | float) -> dict[str, int]:
     """Make JAX take `limit_bytes` less OUTSIDE_BYTES of the first GPU's memory, all at once, and never more.
 
     To be called before JAX starts: the option is one of its client's. Returns what is known now; `held` adds the rest.
@@ -20,7 +20,7 @@ def hold(limit_bytes: int) -> dict[str, int]:
     if total is None or used is None:
         raise BenchError("no NVIDIA GPU to hold to a limit", where="--memory-limit-gb", fix="leave it out")
     total_bytes = int(total) * _MIB
-    if not OUTSIDE_BYTES < limit_bytes <= total_bytes:
+    if not OUTSIDE_BYTES < limit_bytes <= total_bytes:  # nor is nan
         raise BenchError(
             f"{limit_bytes / 1e9:g} GB",
             where="--memory-limit-gb",
@@ -28,7 +28,7 @@ def hold(limit_bytes: int) -> dict[str, int]:
         )
     fraction = (limit_bytes - OUTSIDE_BYTES) / total_bytes
     jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": fraction, "preallocate": True})
-    return {"limit_bytes": limit_bytes, "used_before_bytes": int(used) * _MIB}
+    return {"limit_bytes": round(limit_bytes), "used_before_bytes": int(used) * _MIB}
 
 
 def held(before: dict[str, int]) -> dict[str, int]:

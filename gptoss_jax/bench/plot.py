@@ -10,11 +10,14 @@ from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings
 from gptoss_jax.errors import BenchError
 
+_FORMATS = (".png", ".svg", ".pdf")
 _MARKERS = {"decode": "o", "prefill": "s", "kernel": "^"}
 
 
-def check() -> None:
-    """Raise BenchError if there is no matplotlib: before a long run, not after it."""
+def check(path: Path) -> None:
+    """Raise BenchError for a format that is not drawn, or without matplotlib: before a long run, not after it."""
+    if path.suffix.lower() not in _FORMATS:
+        raise BenchError("no format of a plot", where=str(path), fix=f"name the file {', '.join(_FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as missing:
@@ -22,7 +25,7 @@ def check() -> None:
 
 
 def draw(path: Path, rows: Sequence[Row], ceilings: Ceilings, *, title: str) -> None:
-    """Write the plot; the file's ending says the format. A second panel shows time over context where that varies."""
+    """Write the plot, in the format of the file's ending (see `check`); a second panel shows time over contexts."""
     from matplotlib.figure import Figure
 
     lines = _over_context(rows)
@@ -32,10 +35,7 @@ def draw(path: Path, rows: Sequence[Row], ceilings: Ceilings, *, title: str) -> 
     for axes in others:
         _context(axes, lines)
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as unknown:
-        raise BenchError(str(unknown), where=str(path), fix="name the file .png, .svg or .pdf") from unknown
+    figure.savefig(path, dpi=150)
 
 
 def _roofline(axes: Any, rows: Sequence[Row], ceilings: Ceilings) -> None:

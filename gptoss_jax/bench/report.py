@@ -167,14 +167,16 @@ def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def nvidia_smi(query: str) -> str | None:
-    """One property of the first NVIDIA GPU, or None where there is no such tool or GPU.
+    """One property of the first NVIDIA GPU that this process sees, or None where there is no such tool or GPU.
 
-    The tool rather than JAX: it answers before JAX has started, and counts what other libraries hold.
+    The tool rather than JAX: it answers before JAX has started, and counts what other libraries hold. It does not heed
+    CUDA_VISIBLE_DEVICES, so it is told the first entry, an index or a UUID; it knows no part of a divided GPU.
     """
-    if shutil.which("nvidia-smi") is None:
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    if not card or shutil.which("nvidia-smi") is None:
         return None
     answer = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0"],
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={card}"],
         capture_output=True,
         text=True,
         check=False,

@@ -26,6 +26,12 @@ def check(plan: Plan, config: ModelConfig) -> None:
     ):
         if wrong := [number for number in numbers if not 1 <= number <= most]:
             raise BenchError(f"{wrong[0]} is out of range", where=where, fix=f"choose 1 to {most}")
+    if not (plan.kernel_tokens or plan.prompts or (plan.batches and plan.contexts)):
+        raise BenchError(
+            "nothing to measure",
+            where="--batch, --context and --prefill",
+            fix="give --batch and --context, or --prefill, or --kernels",
+        )
 
 
 def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> Iterator[Row | DoesNotFit]:

@@ -1,8 +1,8 @@
 """Attention of a warpgroup over one page in registers, as inline PTX for `plgpu.inline_mgpu`.
 
 On the hardware each warp has 16 keys of a page. Lane 4 * g + t loads what it needs of them as 16-byte runs, into
-registers at once or by way of a place in shared memory that no other thread looks at. So nothing is exchanged: the order of the
-head's dimensions within a product, and of the answer's columns, is free.
+registers at once or by way of a place in shared memory that no other thread looks at. So nothing is exchanged: the
+order of the head's dimensions within a product, and of the answer's columns, is free.
 
     scores      16 rows (8 query heads of one or two tokens) x 8 keys, key g: dimensions 8t .. 8t + 7 and 32 + 8t ..
     weighted    16 dimensions x 8 query heads, four times, so that the scores' registers are its right operand: rows g

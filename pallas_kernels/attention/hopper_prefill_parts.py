@@ -1,6 +1,6 @@
 """The products of the prefill kernel, and what stands in for them under the interpreter.
 
-On the hardware a step's scores and the previous step's weighted values are in the tensor cores at once; queries are read
+On the hardware a step's scores and the previous step's weighted values are in the tensor cores at once; queries come
 from shared memory, weights from registers. The interpreter knows neither; there both are jax.numpy.
 """
 

@@ -3,7 +3,7 @@
 The first multiplies by gate and up and applies SwiGLU, the second multiplies by down and the routing weights; the sum
 over a token's experts is left to whatever XLA fuses it with. Nothing is sorted or gathered between them.
 
-Both are inline PTX as a whole, which the interpreter does not know: a CPU checks arguments and lowers, a GPU multiplies.
+Both are inline PTX as a whole, which the interpreter does not know: a CPU checks and lowers, only a GPU multiplies.
 """
 
 from collections.abc import Sequence

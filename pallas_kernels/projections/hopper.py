@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.projections import append, heads, reference, residual, routing, vocabulary
 from pallas_kernels.projections.norm import SQUARES
 from pallas_kernels.projections.places import HEAD_DIM
@@ -22,10 +23,6 @@ MAX_ROUTED = 128
 MAX_UNEMBEDDED = 32
 """Most rows of an unembed kernel."""
 MAX_EXPERTS = 256
-NUM_PROCESSORS = 132
-"""Streaming multiprocessors of an H100 or H200 (SXM)."""
-SHARED_BYTES = 227 * 1024
-"""Shared memory of a thread block."""
 _RESERVED_BYTES = 2048
 """Of them, what alignment and the compiler may take."""
 
@@ -147,7 +144,7 @@ def unembed(
     _check(name, num_rows % STRIP_ROWS == 0, f"a vocabulary of {num_rows}, not a multiple of {STRIP_ROWS}")
     _check_shared(name, num_tokens * vocabulary.row_bytes(width))
     if tiles is None:
-        tiles = StreamTiles(NUM_PROCESSORS, 12, 5 if num_tokens <= 8 else 4)
+        tiles = StreamTiles(NUM_MULTIPROCESSORS, 12, 5 if num_tokens <= 8 else 4)
     return vocabulary.unembed(x, norm_scale, weight, eps=eps, tiles=tiles)
 
 
@@ -155,7 +152,7 @@ def _units(num_units: int) -> int:
     """Units per block, so that the processor with most of them has as few as can be; the larger blocks of equals."""
 
     def most_on_one(units: int) -> int:
-        return -(-num_units // (units * NUM_PROCESSORS)) * units
+        return -(-num_units // (units * NUM_MULTIPROCESSORS)) * units
 
     choices = [units for units in range(1, 7) if num_units % units == 0]
     return min(choices, key=lambda units: (most_on_one(units), -units))

@@ -1,6 +1,7 @@
 """`gptoss-jax bench`: what it prints and writes, and one line for a bad input."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -9,12 +10,9 @@ import pytest
 
 from gptoss_jax.bench import memory, report, timing
 from gptoss_jax.cli import main
+from tests.bench import keys
 
 QUICK = ["bench", "--model", "tiny", "--layers", "1", "--batch", "1,2", "--context", "32", "--prefill", "16"]
-KEYS = {
-    "model", "phase", "batch", "context", "ms", "spread", "tokens_per_s", "floor_ms", "roofline_fraction",
-    "peak_bytes", "launches",
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +33,10 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["tiny/1", "prefill", "1", "16"],
     ]
     written = json.loads(result.read_text())
-    assert {"device", "driver", "versions", "commit", "date", "command", "ceilings", "rows"} <= set(written)
-    assert set(written["ceilings"]) == {"read_bytes_per_s", "dense_flops_per_s"}
+    assert set(written) >= keys.REPORT
+    assert set(written["ceilings"]) == keys.CEILINGS
     assert len(written["rows"]) == 3
-    assert all(set(row) >= KEYS for row in written["rows"])
+    assert all(set(row) >= keys.ROW for row in written["rows"])
     assert written["versions"]["jax"] == jax.__version__
     assert plot.read_text().count("<svg") == 1
 
@@ -51,6 +49,12 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--model tiny --prefill 200000", "200000 is out of range: --prefill: "),
         ("--model tiny --steps 300", "300 is out of range: --steps: choose 1 to 256"),
         ("--json nowhere/result.json", "no such folder: nowhere/result.json: make it first"),
+        ("--json .", "a folder: .: name a file in it"),
+        ("--plot .", "a folder: .: name a file in it"),
+        ("--plot roofline.bmp", "no format of a plot: roofline.bmp: name the file .png, .svg, .pdf"),
+        ("--plot roofline", "no format of a plot: roofline: "),
+        ("--model tiny --batch 0 --prefill 0", "nothing to measure: --batch, --context and --prefill: give --batch "),
+        ("--model tiny --context 0 --prefill 0", "nothing to measure: "),
         ("ckpt --model 20b", "a checkpoint and --model: --model: give one of the two"),
         ("nowhere", "no such directory: nowhere: "),
         ("--memory-limit-gb 16", "no NVIDIA GPU to hold to a limit: --memory-limit-gb: leave it out"),
@@ -102,20 +106,48 @@ def test_memory_limit_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) ->
     assert memory.held(known)["process_bytes"] == 13996 * 2**20
 
 
-@pytest.mark.parametrize("limit", [0.5, 151.0])
+@pytest.mark.parametrize("limit", [0.5, 151.0, -1.0, math.nan, math.inf, -math.inf, 1e308])
 def test_memory_limit_out_of_range_is_refused(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "nvidia_smi", {"memory.total": "143771", "memory.used": "4"}.__getitem__)
     with pytest.raises(memory.BenchError, match=r"choose more than 0\.8 and at most 150\.8"):
-        memory.hold(round(limit * 1e9))
+        memory.hold(limit * 1e9)
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1"])
+def test_memory_limit_that_is_no_size_is_one_line(
+    limit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "nvidia_smi", {"memory.total": "143771", "memory.used": "4"}.__getitem__)
+    assert main([*QUICK, f"--memory-limit-gb={limit}"]) == 2
+    assert capsys.readouterr().err.startswith(f"gptoss-jax: {limit} GB: --memory-limit-gb: choose more than 0.8 ")
 
 
 def test_card_is_unknown_without_the_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert report.nvidia_smi("driver_version") is None
     tool = tmp_path / "nvidia-smi"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     tool.write_text("#!/bin/sh\necho 580.159\n")
     tool.chmod(0o755)
     assert report.nvidia_smi("driver_version") == "580.159"
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked"),
+    [(None, "--id=0"), ("3", "--id=3"), ("2,0", "--id=2"), (" GPU-1a2b , 1", "--id=GPU-1a2b"), ("", None)],
+)
+def test_card_is_the_first_one_this_process_sees(
+    visible: str | None, asked: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$3"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert report.nvidia_smi("driver_version") == asked
 
 
 def test_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,22 @@ def test_cache_is_the_published_bytes_a_token_and_a_ring(config: ModelConfig, by
     # A sliding layer's ring: 11 pages of 64 slots hold the window of 128 and a chunk of 512.
     expected = {length: bytes_per_token * (length + 11 * 64) for length in (4096, 32768, 131072)}
     assert cache_bytes(config) == expected
+    # Of 8192: 131 pages, where the context is that long; in a shorter one, all of it.
+    widest = {length: bytes_per_token * (length + min(length, 131 * 64)) for length in (4096, 32768, 131072)}
+    assert cache_bytes(config, chunk=8192) == widest
+
+
+def test_says_for_which_chunk_its_cache_is() -> None:
+    report = _report("here", "published", gpt_oss_20b(), ())
+    assert (report.cache_chunk, report.hopper_cache_chunk) == (512, 8192)
+    assert report.hopper_cache_bytes == cache_bytes(report.config, chunk=8192)
+    found = report.to_json()
+    assert found["cache_bytes"] == report.cache_bytes
+    assert [found["cache_chunk"], found["hopper_cache_chunk"]] == [512, 8192]
+    text = str(report)
+    assert "3.24 GB for 131,072 tokens, read 512 at a time (a CPU)" in text
+    assert "3.43 GB for 131,072 tokens, read 8192 at a time (a Hopper GPU)" in text
+    assert "takes up to 188.74 MB more in all" in text
 
 
 def test_contexts_end_with_the_models() -> None:
@@ -71,7 +87,7 @@ def test_report_reads_as_tables(converted: Path) -> None:
     assert "parameters 825,824, active for one token 440,224" in text
     assert "bytes 568,768: bfloat16 177.09 kB" in text
     assert "converted from 2 files: model-00000-of-00001.safetensors, " in text
-    assert "cache of one sequence: " in text
+    assert "cache of one sequence:\n" in text
 
 
 def test_hub_is_not_downloaded_to_be_inspected() -> None:

@@ -60,10 +60,10 @@ def test_hopper_logits_are_as_good_as_bfloat16_can_be(config, batch):
     counted = first - second > MARGIN * expected.std()
     agree = found.argmax(axis=-1) == expected.argmax(axis=-1)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    print(f"top-1 {agree[counted].mean():.4f} of {counted.sum()} counted, error {error:.2e}")  # noqa: T201
-    assert counted.sum() > 15
-    assert agree[counted].mean() >= AGREEMENT
-    assert error < ERROR
+    figures = f"top-1 {agree[counted].mean():.4f} of {counted.sum()} counted, error {error:.2e}"
+    assert counted.sum() > 15, figures
+    assert agree[counted].mean() >= AGREEMENT, figures
+    assert error < ERROR, figures
 
 
 def rounded_in_float32(config):

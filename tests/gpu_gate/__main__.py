@@ -2,8 +2,9 @@
 
     python -m tests.gpu_gate [--list] [--update] [NAME ...]
 
-Exit code 1 if a figure is above its limit. --list prints what each program launches; --update writes the figures found
-as the new limits, to be reviewed like any other change.
+Exit code 1 if a figure is above its limit, or a kernel that has a limit is not there. --list prints what each program
+launches; --update writes the figures found as the new limits, to be reviewed like any other change: a kernel whose line
+goes is a kernel that is no longer checked.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_gate.limits import NAMES, exceeded, read, write
+from tests.gpu_gate.limits import NAMES, SPILLS, exceeded, read, write
 from tests.gpu_gate.ptxas import kernels
 
 _SHOWN = 160
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def _compile(name: str) -> dict[str, Any]:
-    """The figures of one program, compiled in another process, with what ptxas said of its kernels."""
+    """The figures of one program, compiled in another process, with what ptxas said of each of its kernels."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "figures.json"
         answer = subprocess.run(
@@ -61,17 +62,18 @@ def _compile(name: str) -> dict[str, Any]:
             sys.exit(f"gpu-gate: {name} did not compile (see above)")
         found = json.loads(result.read_text())
     found["kernels"] = kernels(answer.stdout)
-    found["spill_bytes"] = sum(kernel.spill_bytes for kernel in found["kernels"])
-    return found
+    if not found["kernels"]:
+        sys.exit(f"gpu-gate: {name}: ptxas named no kernel, so no spill was checked")
+    return found | {SPILLS + kernel.name: kernel.spill_bytes for kernel in found["kernels"]}
 
 
 def _show(name: str, found: dict[str, Any], limits: dict[str, float], *, launches: bool) -> None:
     print(f"{name}")
     for key, value in found.items():
         if key not in ("list", "kernels"):
-            print(f"  {key:<20} {value:>14,.6g}  limit {limits.get(key, float('nan')):,.6g}")
+            print(f"  {key:<40} {value:>14,.6g}  limit {limits.get(key, float('nan')):,.6g}")
     for kernel in found["kernels"]:
-        print(f"  kernel {kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled")
+        print(f"  {'registers ' + kernel.name:<40} {kernel.registers:>14}")
     for launch in found["list"] if launches else ():
         times = f"{launch['times']} x " if launch["times"] > 1 else ""
         source = launch["source"].rpartition("/body/")[2] or launch["source"]

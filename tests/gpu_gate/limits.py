@@ -1,4 +1,4 @@
-"""The reviewed table of limits, and what is above it."""
+"""The reviewed table of limits, and what is above it or missing."""
 
 import json
 from collections.abc import Mapping
@@ -6,8 +6,10 @@ from pathlib import Path
 
 Limits = dict[str, dict[str, float]]
 
-NAMES = ("decode-1", "decode-8", "prefill-2048")
+NAMES = ("decode-1", "decode-8", "decode-128", "prefill-2048")
 """The programs: a decode step of so many rows, a prefill of so many tokens."""
+SPILLS = "spill_bytes "
+"""Before the name of a kernel: its limit, and by that the kernels a program is expected to have."""
 _FILE = Path(__file__).with_name("limits.json")
 
 
@@ -22,10 +24,15 @@ def write(limits: Limits) -> None:
 
 
 def exceeded(name: str, figures: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
-    """A line for each figure above its limit, or without one."""
-    return [
+    """A line for each figure above its limit or without one, and for each limit without its figure."""
+    above = [
         f"{name}: {key} is {value:,.6g}, "
         + (f"the limit is {limits[key]:,.6g}" if key in limits else "and has no limit: run with --update")
         for key, value in figures.items()
         if key not in limits or value > limits[key]
+    ]
+    return above + [
+        f"{name}: {key} was not found: a kernel that is gone or has another name? If so, run with --update"
+        for key in limits
+        if key not in figures
     ]

@@ -19,15 +19,18 @@ class Kernel:
 
 
 def kernels(text: str) -> list[Kernel]:
-    """Every different kernel that `text` tells of, in order of name; of equal names the worst."""
+    """Every different kernel that `text` tells of, in order of name; of equal names the worst.
+
+    Raises ValueError for a kernel without its registers or its spills: what was not read must not count as zero.
+    """
     found: dict[str, Kernel] = {}
     parts = _KERNEL.split(text)[1:]
     for name, body in zip(parts[::2], parts[1::2], strict=True):
         spills, registers = _SPILLS.search(body), _REGISTERS.search(body)
+        if not spills or not registers:
+            raise ValueError(f"what ptxas says of {name} cannot be read")
         kernel = Kernel(
-            name.removesuffix("_mosaic_gpu_kernel"),
-            int(registers.group(1)) if registers else 0,
-            sum(map(int, spills.groups())) if spills else 0,
+            name.removesuffix("_mosaic_gpu_kernel"), int(registers.group(1)), sum(map(int, spills.groups()))
         )
         known = found.get(kernel.name, kernel)
         worst = max(known.registers, kernel.registers), max(known.spill_bytes, kernel.spill_bytes)

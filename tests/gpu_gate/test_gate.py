@@ -1,9 +1,13 @@
 """The gate's own judgement, without a compiler for GPUs: what it reads, and what it refuses."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from tests.gpu_gate import __main__ as gate
 from tests.gpu_gate import limits
 from tests.gpu_gate.ptxas import Kernel, kernels
 
@@ -27,6 +31,13 @@ def test_kernels_are_read_from_what_ptxas_says() -> None:
     assert kernels("no kernels") == []
 
 
+def test_kernel_of_which_ptxas_says_nothing_known_is_no_kernel_without_spills() -> None:
+    with pytest.raises(ValueError, match="what ptxas says of attention_mosaic_gpu_kernel cannot be read"):
+        kernels(OUTPUT.replace("24 bytes spill stores", "24 B spilled"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        kernels(OUTPUT.replace("Used 255 registers", "registers: 255"))
+
+
 def test_figure_above_its_limit_is_named() -> None:
     found = {"launches_per_layer": 8.0, "spill_bytes": 4.0, "temporary_bytes": 100.0}
     assert limits.exceeded("decode-1", found, {"launches_per_layer": 8, "spill_bytes": 0, "temporary_bytes": 100}) == [
@@ -37,9 +48,37 @@ def test_figure_above_its_limit_is_named() -> None:
     ]
 
 
+def test_kernel_that_is_not_found_is_named() -> None:
+    allowed = {"launches_per_layer": 8, limits.SPILLS + "attention": 0}
+    assert limits.exceeded("decode-1", {"launches_per_layer": 8.0}, allowed) == [
+        "decode-1: spill_bytes attention was not found: a kernel that is gone or has another name? "
+        "If so, run with --update"
+    ]
+
+
+@pytest.mark.parametrize("update", [[], ["--update"]])
+def test_output_without_kernels_fails(
+    update: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_silently(command: list[str], **options) -> subprocess.CompletedProcess[str]:
+        Path(command[-1]).write_text(json.dumps({"launches_per_layer": 1, "list": []}))
+        return subprocess.CompletedProcess(command, 0, stdout="ptxas info    : 0 bytes gmem\n")
+
+    monkeypatch.setattr(gate.subprocess, "run", compile_silently)
+    monkeypatch.setattr(limits, "_FILE", tmp_path / "limits.json")
+    monkeypatch.setattr(sys, "argv", ["gpu_gate", "decode-1", *update])
+    with pytest.raises(SystemExit, match="gpu-gate: decode-1: ptxas named no kernel, so no spill was checked"):
+        gate.main()
+    assert not (tmp_path / "limits.json").exists()
+
+
 @pytest.mark.parametrize("name", limits.NAMES)
 def test_every_program_has_its_limits(name: str) -> None:
-    assert set(limits.read()[name]) == {"launches_per_layer", "launches_outside", "spill_bytes", "temporary_bytes"}
+    figures = set(limits.read()[name])
+    kernels = {key for key in figures if key.startswith(limits.SPILLS)}
+    assert figures - kernels == {"launches_per_layer", "launches_outside", "temporary_bytes"}
+    parts = "attention", "experts" if name in ("decode-1", "decode-8") else "grouped"
+    assert all(any(part in kernel for kernel in kernels) for part in parts), "the most expensive kernels are checked"
 
 
 def test_written_limits_are_read_back(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

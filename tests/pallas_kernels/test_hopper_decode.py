@@ -1,4 +1,7 @@
-"""The decode form of the Hopper experts: what it accepts, and that its kernels lower; their sums need a GPU."""
+"""The decode form of the Hopper experts: what it refuses, what its table says, and that its kernels lower.
+
+They are inline PTX as a whole, so nothing of them runs here: what they compute is tested in tests/gpu.
+"""
 
 import dataclasses
 

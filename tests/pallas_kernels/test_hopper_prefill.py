@@ -1,5 +1,9 @@
 """The prefill form of the expert layer on Hopper, interpreted on the CPU, against the reference.
 
+Interpreted are the two grouped products, with plain JAX for what is inline PTX in them. The grouping kernel is inline
+PTX as a whole: here it is only lowered, and `hopper_routing.spread`, which defines it, runs in its place. tests/gpu
+compares the two.
+
 The interpreter compiles for seconds, once per shape and tiling: cases share both where they can.
 """
 
