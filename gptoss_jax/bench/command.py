@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     )
     check(plan, config)
     enable_cache()
-    report = surroundings(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    report = surroundings(_command_line(sys.argv[1:]))
     rates = ceilings()
     report["ceilings"] = dataclasses.asdict(rates)
     table, rows = Table(), []
@@ -101,6 +102,11 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None and rows:
         plot.draw(options.plot, rows, rates, title=f"gpt-oss {name}, {report['device']}")
     return 0
+
+
+def _command_line(arguments: Sequence[str]) -> str:
+    """The command as another machine would be given it: of a file elsewhere, the name without its folders."""
+    return shlex.join(["gptoss-jax", *(Path(word).name if Path(word).is_absolute() else word for word in arguments)])
 
 
 def _config(options: argparse.Namespace) -> "tuple[str, ModelConfig]":
