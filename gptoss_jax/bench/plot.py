@@ -1,5 +1,6 @@
 """The roofline plot of --plot: what each row reached against what the card allows. Needs matplotlib."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def check(path: Path) -> None:
     if path.suffix.lower() not in _FORMATS:
         raise BenchError("no format of a plot", where=str(path), fix=f"name the file {', '.join(_FORMATS)}")
     try:
-        import matplotlib  # noqa: F401
+        importlib.import_module("matplotlib")
     except ImportError as missing:
         raise BenchError("matplotlib is not installed", where="--plot", fix="pip install gptoss-jax[plot]") from missing
 
