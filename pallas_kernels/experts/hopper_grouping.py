@@ -17,6 +17,7 @@ from jaxtyping import Array, BFloat16, Int
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts.hopper_layout import TILE
 from pallas_kernels.experts.hopper_routing import Grouping, max_tiles, num_grouped_rows
+from pallas_kernels.experts.hopper_schedule import NOBODY
 from pallas_kernels.hopper import Value, address, assembly, i32, load_vector_if, load_word_if, shared_address
 from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.hopper_words import (
@@ -51,7 +52,6 @@ _VECTOR = 8
 _IDS_AT_ONCE = 8
 _AHEAD = 2
 """Vectors that each thread has on their way while it writes one."""
-_NOBODY = 0x7FFFFFFF
 
 
 def spread(
@@ -194,7 +194,7 @@ class _Block:
                 counts = (pair < first).choose(self._before, self._after)
                 count_up(counts + expert * 4, only=known)
                 own = pair - first  # of an earlier pair, this wraps around
-                store_shared(self._own + own * 4, known.choose(expert, _NOBODY), only=own < num_own)
+                store_shared(self._own + own * 4, known.choose(expert, NOBODY), only=own < num_own)
             return []
 
         repeat(word(0), word(plan.num_pairs), at_once * _THREADS, [], count)
@@ -228,8 +228,8 @@ class _Block:
             pair = start + self._lane
             inside = pair < num_own
             own = self._own + inside.choose(pair, 0) * 4
-            expert = inside.choose(load_shared(own), _NOBODY)
-            known = expert < _NOBODY
+            expert = inside.choose(load_shared(own), NOBODY)
+            known = expert < NOBODY
             same = lanes_with_same(expert)
             earlier = count_bits(same & lanes_before())
             following = self._next + known.choose(expert, 0) * 4
