@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts.weights import ExpertWeights
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
 STEP = 64
 """Values of a column in one register of words; D and F are multiples of it."""
@@ -53,14 +53,14 @@ class TPUExperts:
     gate_up_words: Any
     """int32 `E 2 D/8 F`."""
     gate_up_scales: Any
-    """int32 `E 2 words F`, words = D/128 rounded up: byte b of word w has the published scale of block b * words + w,
+    """int32 `E 2 words F`, words = `scale_words(D)`: byte b of word w has the published scale of block b * words + w,
     less 1, which is the exponent field of 0.5."""
     gate_up_bias: Any
     """float32 `E 2 F`."""
     down_words: Any
     """int32 `E F/8 D`."""
     down_scales: Any
-    """int32 `E words D`, words = F/128 rounded up."""
+    """int32 `E words D`, words = `scale_words(F)`."""
     down_bias: Any
     """float32 `E 1 D`."""
 
@@ -93,7 +93,7 @@ def pack(weights: ExpertWeights) -> TPUExperts:
         >>> published = ExpertWeights(matrix(256, 64), jnp.ones((3, 256)), matrix(64, 128), jnp.ones((3, 64)))
         >>> packed = pack(published)
         >>> packed.gate_up_words.shape, packed.gate_up_scales.shape, packed.down_words.shape
-        ((3, 2, 8, 128), (3, 2, 1, 128), (3, 16, 64))
+        ((3, 2, 8, 128), (3, 2, 8, 128), (3, 16, 64))
     """
     refuse_odd_widths(weights)
 
@@ -137,6 +137,19 @@ def refuse_large_scales(weights: ExpertWeights) -> None:
         largest = int(jnp.max(getattr(weights, name).scales))
         if largest > LARGEST_SCALE:
             raise ScaleTooLarge(f"{name} has a scale byte of {largest}, the most is {LARGEST_SCALE}")
+
+
+def scale_words(depth: int) -> int:
+    """Rows of words that hold the scales of a matrix of so many rows, in whole registers.
+
+    With fewer, XLA would choose another order of dims for the array in memory, and copy it before each kernel.
+
+    Example:
+        >>> scale_words(2880)
+        24
+    """
+    num_words = -(-depth // (4 * BLOCK))
+    return -(-num_words // STEP_WORDS) * STEP_WORDS
 
 
 def spread_scales(scales: Int32[Array, "*rows words n"], index: int) -> Int32[Array, "*rows words n"]:
@@ -196,9 +209,10 @@ def _pack(matrix: MXFP4) -> tuple[Int32[Array, "words N"], Int32[Array, "scale_w
     pairs = blocks.reshape(num_columns, -1, 4, STEP_WORDS).transpose(2, 1, 3, 0).reshape(4, -1, num_columns)
     words = sum((_place(byte, pair) for byte, pair in zip(pairs, PAIRS, strict=True)), start=jnp.zeros((), jnp.uint32))
     scales = (jnp.maximum(matrix.scales, 1) - jnp.uint8(1)).T
-    planes = jnp.pad(scales, ((0, -scales.shape[0] % 4), (0, 0))).reshape(4, -1, num_columns)
-    scale_words = jax.lax.bitcast_convert_type(jnp.moveaxis(planes, 0, -1), jnp.int32)
-    return jax.lax.bitcast_convert_type(words, jnp.int32), scale_words
+    num_planes = 4 * scale_words(scales.shape[0] * BLOCK)
+    planes = jnp.pad(scales, ((0, num_planes - scales.shape[0]), (0, 0))).reshape(4, -1, num_columns)
+    packed_scales = jax.lax.bitcast_convert_type(jnp.moveaxis(planes, 0, -1), jnp.int32)
+    return jax.lax.bitcast_convert_type(words, jnp.int32), packed_scales
 
 
 def _place(byte: UInt8[Array, "words N"], pair: Pair) -> Array:

@@ -18,8 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.tpu_layout import STEP, STEP_WORDS, TPUExperts, spread_scales, unpack_words
-from pallas_kernels.mxfp4 import BLOCK
+from pallas_kernels.experts.tpu_layout import STEP, STEP_WORDS, TPUExperts, scale_words, spread_scales, unpack_words
 
 LARGEST_VMEM = 56 * 2**20
 """Bytes that one kernel may ask for: tpu7x has 64 MiB a core, the others more."""
@@ -79,7 +78,7 @@ def gate_up(
         rows,
         [
             (weights.gate_up_words, (None, 2, width // 8, columns)),
-            (weights.gate_up_scales, (None, 2, _scale_words(width), columns)),
+            (weights.gate_up_scales, (None, 2, scale_words(width), columns)),
             (weights.gate_up_bias, (None, 2, columns)),
         ],
         jax.ShapeDtypeStruct((num_rows, expert_width), rows.dtype),
@@ -149,13 +148,9 @@ def down_and_sum(
 def _down_matrix(weights: TPUExperts, columns: int) -> list[tuple[Array, tuple[int | None, ...]]]:
     return [
         (weights.down_words[:, None], (None, 1, weights.expert_width // 8, columns)),
-        (weights.down_scales[:, None], (None, 1, weights.expert__scale_words(width), columns)),
+        (weights.down_scales[:, None], (None, 1, scale_words(weights.expert_width), columns)),
         (weights.down_bias, (None, 1, columns)),
     ]
-
-
-def _scale_words(depth: int) -> int:
-    return pl.cdiv(depth, 4 * BLOCK)
 
 
 def _unpacked(matrices: int, depth: int, columns: int) -> Any:
@@ -197,7 +192,7 @@ def _call(
     )
     depth = rows.shape[1]
     (num_matrices,) = {shape[1] for array, shape in matrix if array.ndim == 4}
-    scratch = [*scratch, pltpu.VMEM((num_matrices, 4 * _scale_words(depth), columns), jnp.int32)]
+    scratch = [*scratch, pltpu.VMEM((num_matrices, 4 * scale_words(depth), columns), jnp.int32)]
     needed = _vmem_bytes(in_specs, operands, out_spec, result, scratch)
     if needed > LARGEST_VMEM:
         raise Unsupported(
