@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.tpu_layout import STEP, STEP_WORDS, TPUExperts, scale_words, spread_scales, unpack_words
+from pallas_kernels.experts.tpu_layout import STEP_WORDS, TPUExperts, scale_words, spread_scales, unpack_words
 
 LARGEST_VMEM = 56 * 2**20
 """Bytes that one kernel may ask for: tpu7x has 64 MiB a core, the others more."""
@@ -154,7 +154,8 @@ def _down_matrix(weights: TPUExperts, columns: int) -> list[tuple[Array, tuple[i
 
 
 def _unpacked(matrices: int, depth: int, columns: int) -> Any:
-    return pltpu.VMEM((matrices, depth, columns), jnp.bfloat16)
+    """Room for matrices of bfloat16, two rows in a word: registers are unpacked as words, and stay as they are."""
+    return pltpu.VMEM((matrices, depth // 2, columns), jnp.int32)
 
 
 def _call(
@@ -294,7 +295,10 @@ def _unpack_if_new(experts: Any, words: Any, scales: Any, matrix: Any, bases: An
             for byte in range(4):
                 bases[index, pl.ds(byte * scales.shape[1], scales.shape[1]), :] = spread_scales(scales[index], byte)
             jax.lax.fori_loop(
-                0, words.shape[1] // STEP_WORDS, functools.partial(_unpack_step, words, matrix, bases, index), None
+                0,
+                words.shape[1] // STEP_WORDS,
+                functools.partial(_unpack_step, words, matrix, bases, index),
+                None,
             )
 
 
@@ -302,10 +306,10 @@ def _unpack_step(words: Any, matrix: Any, bases: Any, index: int, step: Int[Arra
     packed = words[index, pl.ds(pl.multiple_of(step * STEP_WORDS, STEP_WORDS), STEP_WORDS), :]
     first, second = (bases[index, pl.ds(2 * step + block, 1), :] for block in (0, 1))
     for pair, values in enumerate(unpack_words(packed, first, second)):
-        start = pl.multiple_of(step * STEP + pair * (STEP // 4), STEP // 4)
-        matrix[index, pl.ds(start, STEP // 4), :] = pltpu.bitcast(values, jnp.bfloat16)
+        start = pl.multiple_of((4 * step + pair) * STEP_WORDS, STEP_WORDS)
+        matrix[index, pl.ds(start, STEP_WORDS), :] = values
 
 
 def _multiply(rows: Any, matrix: Any, bias: Any, index: int) -> Float[Array, "m n"]:
-    product = jnp.dot(rows[...], matrix[index], preferred_element_type=jnp.float32)
+    product = jnp.dot(rows[...], pltpu.bitcast(matrix[index], jnp.bfloat16), preferred_element_type=jnp.float32)
     return product + bias[index][None]
