@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-Impl = Literal["auto", "reference", "hopper"]
+Impl = Literal["auto", "reference", "hopper", "tpu"]
 
 HOPPER_NAMES = ("H100", "H200", "H800", "H20")
 """In the device kinds of NVIDIA's cards with compute capability 9.0; GH200 is one of them."""

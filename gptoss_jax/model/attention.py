@@ -33,11 +33,11 @@ class Attention(nnx.Module):
         norm: RMSNorm,
         rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
-        keys: Float[Array, "P K slots H"],
-        values: Float[Array, "P K slots H"],
+        keys: Float[Array, "P K slots W"],
+        values: Float[Array, "P K slots W"],
         step: Step,
         impl: Impl,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
         """x with attention over its norm added, and the layer's pools with the new keys and values in them."""
         rows, pool = activation("B"), activation("P K S H")
         projections = (self.query, self.key, self.value)
@@ -73,14 +73,14 @@ def _project_write_attend(
     norm_scale: Float[Array, " D"],
     projections: tuple[tuple[Array, Array], ...],
     rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     step: Step,
     sinks: Float[Array, " N"],
     *,
     eps: float,
     impl: Impl,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     (query, query_bias), (key, key_bias), (value, value_bias) = projections
     batch, num_tokens, width = x.shape
     cos, sin = (table.reshape(batch * num_tokens, -1) for table in rotation)

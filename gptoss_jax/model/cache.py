@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from gptoss_jax.config import LayerKind, ModelConfig
 from gptoss_jax.errors import CacheError
 from gptoss_jax.sharding import activation, check_batch, per_row
+from pallas_kernels.attention import pool_width
 
 PAGE_SLOTS = 64
 """Tokens in a page."""
@@ -56,7 +57,7 @@ class Cache:
     """
 
     keys: tuple[Any, ...]
-    """One pool per layer, `P K slots H`; layers of one kind use the same page numbers."""
+    """One pool per layer, `P K slots W`; layers of one kind use the same page numbers."""
     values: tuple[Any, ...]
     tables: dict[LayerKind, Any]
     """Per layer kind `B pages`: the page numbers of each row, counted within the row's own data shard."""
@@ -79,7 +80,7 @@ class Cache:
         """An empty cache with room for `max_length` tokens in each of `batch` rows.
 
         Its bytes: 2 * K * H * itemsize for each token of each full layer, and for each sliding layer a ring that
-        holds the window and one chunk, whatever `max_length` is.
+        holds the window and one chunk, whatever `max_length` is. On a TPU H counts as the next multiple of 128.
 
         Without `mesh` the cache goes where the ambient mesh says, so that a traced function can make one.
 
@@ -109,9 +110,11 @@ class Cache:
         def zeros(dims: str, shape: tuple[int, ...], dtype: Any) -> Array:
             return jnp.zeros(shape, dtype, out_sharding=None if ambient.empty else activation(dims))
 
+        width = pool_width(config.head_dim)
+
         def pools() -> tuple[Array, ...]:
             return tuple(
-                zeros("P K S H", (batch * widths[kind], config.num_kv_heads, PAGE_SLOTS, config.head_dim), dtype)
+                zeros("P K S W", (batch * widths[kind], config.num_kv_heads, PAGE_SLOTS, width), dtype)
                 for kind in config.layer_kinds
             )
 

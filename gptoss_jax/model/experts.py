@@ -12,7 +12,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import parameter
 from gptoss_jax.sharding import MODEL_AXES, WEIGHT_AXES, activation, spec
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.experts import ExpertWeights, HopperExperts, experts, preparable, prepare
+from pallas_kernels.experts import ExpertWeights, PreparedExperts, experts, preparable, prepare
 from pallas_kernels.mxfp4 import BLOCK, BLOCK_BYTES, MXFP4
 
 _INIT_SCALE_BYTE = 121  # 2**-6: codes average about 3 in magnitude, so values about 0.05
@@ -39,25 +39,24 @@ class Experts(nnx.Module):
         self.gate_up = PackedLinear("2F", (num_experts, 2 * expert_width, width), dtype=dtype, rngs=rngs)
         self.down = PackedLinear("D", (num_experts, width, expert_width), dtype=dtype, rngs=rngs)
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.order: type[ExpertWeights | PreparedExperts] = ExpertWeights
 
     @property
-    def weights(self) -> ExpertWeights | HopperExperts:
+    def weights(self) -> ExpertWeights | PreparedExperts:
         """The parameters as the kernels take them: published, or after `prepare` in a backend's own order."""
-        blocks, scales = self.gate_up.blocks.get_value(), self.gate_up.scales.get_value()
-        if blocks.dtype == jnp.uint8:
-            return ExpertWeights(
-                gate_up=MXFP4(blocks, scales),
-                gate_up_bias=self.gate_up.bias.get_value(),
-                down=MXFP4(self.down.blocks.get_value(), self.down.scales.get_value()),
-                down_bias=self.down.bias.get_value(),
-            )
-        return HopperExperts(
-            gate_up_words=blocks,
-            gate_up_scales=scales,
-            gate_up_bias=self.gate_up.bias.get_value(),
-            down_words=self.down.blocks.get_value(),
-            down_scales=self.down.scales.get_value(),
-            down_bias=self.down.bias.get_value(),
+        held = [
+            parameter.get_value()
+            for linear in (self.gate_up, self.down)
+            for parameter in (linear.blocks, linear.scales, linear.bias)
+        ]
+        if self.order is not ExpertWeights:
+            return self.order(*held)
+        gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias = held
+        return ExpertWeights(
+            gate_up=MXFP4(gate_up_blocks, gate_up_scales),
+            gate_up_bias=gate_up_bias,
+            down=MXFP4(down_blocks, down_scales),
+            down_bias=down_bias,
         )
 
     def preparable(self, experts_per_token: int, impl: Impl) -> bool:
@@ -84,11 +83,12 @@ class Experts(nnx.Module):
             linear.blocks.set_value(blocks)
             linear.scales.set_value(scales)
             linear.bias.set_value(bias)
+        self.order = type(prepared)
 
     def __call__(
         self, x: Float[Array, "B T D"], expert_ids: Int[Array, "B T A"], routing: Float[Array, "B T A"], *, impl: Impl
     ) -> Float[Array, "B T D"]:
-        def run(x: Array, weights: ExpertWeights | HopperExperts, expert_ids: Array, routing: Array) -> Array:
+        def run(x: Array, weights: ExpertWeights | PreparedExperts, expert_ids: Array, routing: Array) -> Array:
             local_ids = expert_ids - jax.lax.axis_index(MODEL_AXES) * weights.num_experts
             y = experts(
                 x.reshape(-1, x.shape[-1]),

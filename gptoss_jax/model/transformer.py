@@ -42,11 +42,11 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
-        keys: Float[Array, "P K slots H"],
-        values: Float[Array, "P K slots H"],
+        keys: Float[Array, "P K slots W"],
+        values: Float[Array, "P K slots W"],
         step: Step,
         impl: Impl,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
         x, keys, values = self.attention(
             x, self.attention_norm, rotation, keys=keys, values=values, step=step, impl=impl
         )

@@ -3,19 +3,20 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import hopper, reference
-from pallas_kernels.dispatch import Impl, choose
+from pallas_kernels.attention import hopper, reference, tpu
+from pallas_kernels.dispatch import Impl, choose, platform
 
-__all__ = ["attention"]
+__all__ = ["attention", "pool_width"]
 
 _hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
-BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper}
+_tpu = jax.jit(tpu.attention, static_argnames=("window", "step_pages", "interpret"))
+BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper, "tpu": _tpu}
 
 
 def attention(
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     page_table: Int[Array, "B pages"],
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],
@@ -31,7 +32,8 @@ def attention(
     no key and gets zeros. Query head n reads kv head n // (N // K). The scale is 1/sqrt(H); sinks[n] joins the
     softmax's denominator unscaled and adds no value (openai/gpt-oss gpt_oss/torch/model.py, sdpa). Softmax and
     accumulation in float32, the result in the queries' dtype. Slots outside first..last may hold anything, NaN
-    included. Local arrays: call inside shard_map.
+    included. A pool may be wider than H, then the rest is zero where the slot is visible (`pool_width`). Local arrays:
+    call inside shard_map.
 
     `window` promises that no query sees more keys than that, so that a kernel can cut its work accordingly; what each
     one sees is first..last all the same.
@@ -40,3 +42,15 @@ def attention(
     """
     run = choose("attention", BACKENDS, impl)
     return run(queries, keys, values, page_table, first, last, sinks, window=window)
+
+
+def pool_width(head_dim: int) -> int:
+    """W, the last dim that pools of keys and values should have for the platform in use: H, or on a TPU whole registers.
+
+    A TPU pads that dim in memory in any case, or XLA makes another dim the last one and copies the pools for the kernel.
+
+    Example:
+        >>> pool_width(64)
+        64
+    """
+    return tpu.pool_width(head_dim) if platform() == "tpu" else head_dim

@@ -15,8 +15,8 @@ MAX_DECODE_TOKENS = 8
 
 def attention(
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     page_table: Int[Array, "B pages"],
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],
@@ -60,6 +60,8 @@ def _check(queries: Array, keys: Array, values: Array) -> None:
         )
     if queries.shape[-1] != HEAD_WIDTH:
         raise Unsupported(f"attention: the Hopper kernels take heads of width {HEAD_WIDTH}, not {queries.shape[-1]}")
+    if keys.shape[3] != HEAD_WIDTH:
+        raise Unsupported(f"attention: the Hopper kernels take pools of width {HEAD_WIDTH}, not {keys.shape[3]}")
     if keys.shape[2] != PAGE_SLOTS:
         raise Unsupported(f"attention: the Hopper kernels take pages of {PAGE_SLOTS} slots, not {keys.shape[2]}")
     num_heads, num_kv_heads = queries.shape[2], keys.shape[1]

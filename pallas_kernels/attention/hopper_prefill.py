@@ -67,8 +67,8 @@ class Tuning:
 
 def attention(
     queries: Float[Array, "B T K G H"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     page_table: Int[Array, "B pages"],
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],

@@ -12,8 +12,8 @@ _BLOCK_SLOTS = 512
 
 def attention(
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     page_table: Int[Array, "B pages"],
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],
@@ -45,7 +45,7 @@ def attention(
         pages = jax.lax.dynamic_index_in_dim(tables, block, axis=1, keepdims=False)
         slot = block * block_slots + jnp.arange(block_slots)
         visible = (slot >= first[..., None]) & (slot <= last[..., None])
-        return _add_block(carry, grouped, _gather(keys, pages), _gather(values, pages), visible)
+        return _add_block(carry, grouped, _gather(keys, pages, width), _gather(values, pages, width), visible)
 
     def step(carry: tuple[Array, Array, Array], block: Int[Array, ""]) -> tuple[tuple[Array, Array, Array], None]:
         needed = (block * block_slots <= highest) & ((block + 1) * block_slots > lowest)
@@ -56,8 +56,10 @@ def attention(
     return (weighted / denominator[..., None]).reshape(queries.shape).astype(queries.dtype)
 
 
-def _gather(pool: Float[Array, "P K slots H"], pages: Int[Array, "B pages"]) -> Float[Array, "B K block_slots H"]:
-    gathered = pool[pages].astype(jnp.float32).swapaxes(1, 2)
+def _gather(
+    pool: Float[Array, "P K slots W"], pages: Int[Array, "B pages"], width: int
+) -> Float[Array, "B K block_slots H"]:
+    gathered = pool[pages][..., :width].astype(jnp.float32).swapaxes(1, 2)
     return gathered.reshape(*gathered.shape[:2], -1, gathered.shape[-1])
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
 
-HEAD_WIDTHS = (64, 128)
+LANES = 128
 PAGE_SLOTS = 64
 MAX_DECODE_TOKENS = 8
 """Up to here a step has all key/value heads of a row."""
@@ -30,25 +30,26 @@ _VMEM_BYTES = 32 * 2**20
 
 def attention(
     queries: Float[Array, "B T N H"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     page_table: Int[Array, "B pages"],
     first: Int[Array, "B T"],
     last: Int[Array, "B T"],
     sinks: Float[Array, " N"],
     *,
     window: int | None = None,
+    step_pages: int = STEP_PAGES,
     interpret: Any = False,
 ) -> Float[Array, "B T N H"]:
-    """See `pallas_kernels.attention.attention`; bfloat16, width 64 or 128, pages of 64 slots.
+    """See `pallas_kernels.attention.attention`; bfloat16, pools as wide as `pool_width` says, pages of 64 slots.
 
     The weights are rounded to bfloat16 before they meet the values. `window` makes no difference: what no query sees
     is not fetched. `interpret` is Pallas's.
     """
     del window
     _check(queries, keys, values)
-    batch, num_tokens, num_heads, width = queries.shape
-    num_kv_heads = keys.shape[1]
+    batch, num_tokens, num_heads, head_width = queries.shape
+    num_kv_heads, width = keys.shape[1], keys.shape[3]
     group = num_heads // num_kv_heads
     tile_tokens = min(num_tokens, TILE_TOKENS)
     padding = -num_tokens % tile_tokens
@@ -57,10 +58,11 @@ def attention(
     last = jnp.pad(last, ((0, 0), (0, padding)), constant_values=-1)
     tile_heads = num_kv_heads if num_tokens <= MAX_DECODE_TOKENS else 1
     tile_rows = tile_tokens * group
-    step_pages = min(STEP_PAGES, page_table.shape[1])
+    step_pages = min(step_pages, page_table.shape[1])
 
-    split = queries.reshape(batch, num_tokens, num_kv_heads, group, width).swapaxes(1, 2)
-    rows = jnp.pad(split, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, num_kv_heads, -1, width)
+    split = queries.reshape(batch, num_tokens, num_kv_heads, group, head_width).swapaxes(1, 2)
+    padded = jnp.pad(split, ((0, 0), (0, 0), (0, padding), (0, 0), (0, width - head_width)))
+    rows = padded.reshape(batch, num_kv_heads, -1, width)
     ends_of_token = jnp.stack([first, last], axis=1)
     ends_of_row = jnp.repeat(jnp.stack([first, last], axis=-1), group, axis=1)
     sinks_of_row = jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, group), (1, tile_tokens))[..., None]
@@ -68,7 +70,7 @@ def attention(
     page_buffer = pltpu.VMEM((2, step_pages, tile_heads, PAGE_SLOTS, width), keys.dtype)
 
     attended = pl.pallas_call(
-        functools.partial(_kernel, scale=width**-0.5),
+        functools.partial(_kernel, scale=head_width**-0.5),
         out_shape=jax.ShapeDtypeStruct(rows.shape, queries.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -102,8 +104,13 @@ def attention(
         name="attention",
         interpret=interpret,
     )(first_page, last_page, page_table[:, None], ends_of_token, ends_of_row, sinks_of_row, rows, keys, values)
-    attended = attended.reshape(batch, num_kv_heads, -1, group, width)[:, :, :num_tokens]
+    attended = attended.reshape(batch, num_kv_heads, -1, group, width)[:, :, :num_tokens, :, :head_width]
     return attended.swapaxes(1, 2).reshape(queries.shape)
+
+
+def pool_width(head_dim: int) -> int:
+    """The width of a pool for heads of `head_dim`: whole registers, the rest of a head's being zero."""
+    return -(-head_dim // LANES) * LANES
 
 
 def _page_ranges(
@@ -190,8 +197,11 @@ def _check(queries: Array, keys: Array, values: Array) -> None:
             f"attention: the TPU kernel takes bfloat16, not queries {queries.dtype}, keys {keys.dtype}, "
             f"values {values.dtype}"
         )
-    if queries.shape[-1] not in HEAD_WIDTHS:
-        raise Unsupported(f"attention: the TPU kernel takes heads of width 64 or 128, not {queries.shape[-1]}")
+    if keys.shape[3] != pool_width(queries.shape[3]):
+        raise Unsupported(
+            f"attention: the TPU kernel takes heads of width {queries.shape[3]} in pools of width "
+            f"{pool_width(queries.shape[3])}, not {keys.shape[3]}"
+        )
     if keys.shape[2] != PAGE_SLOTS:
         raise Unsupported(f"attention: the TPU kernel takes pages of {PAGE_SLOTS} slots, not {keys.shape[2]}")
     num_heads, num_kv_heads = queries.shape[2], keys.shape[1]

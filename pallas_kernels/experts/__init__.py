@@ -4,29 +4,36 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
-from pallas_kernels.experts import hopper, hopper_layout, reference
+from pallas_kernels.experts import hopper, hopper_layout, reference, tpu, tpu_layout
 from pallas_kernels.experts.hopper_layout import HopperExperts
+from pallas_kernels.experts.tpu_layout import TPUExperts
 from pallas_kernels.experts.weights import ExpertWeights
 
-__all__ = ["ExpertWeights", "HopperExperts", "experts", "preparable", "prepare"]
+__all__ = ["ExpertWeights", "HopperExperts", "PreparedExperts", "TPUExperts", "experts", "preparable", "prepare"]
+
+PreparedExperts = HopperExperts | TPUExperts
+"""Weights in a backend's own order; the fields of all have the same names."""
 
 _hopper = jax.jit(hopper.experts, static_argnames=("alpha", "limit"))  # so that layers share one trace and lowering
-BACKENDS = {"reference": reference.experts, "cpu": reference.experts, "hopper": _hopper}
+_tpu = jax.jit(tpu.experts, static_argnames=("alpha", "limit", "interpret"))
+BACKENDS = {"reference": reference.experts, "cpu": reference.experts, "hopper": _hopper, "tpu": _tpu}
 PREPARE = {
     "reference": lambda weights: weights,
     "cpu": lambda weights: weights,
     "hopper": hopper_layout.pack,
+    "tpu": tpu_layout.pack,
 }
 PREPARABLE = {
     "reference": lambda weights, *, experts_per_token: False,
     "cpu": lambda weights, *, experts_per_token: False,
     "hopper": hopper.preparable,
+    "tpu": tpu.preparable,
 }
 
 
 def experts(
     x: Float[Array, "T D"],
-    weights: ExpertWeights | HopperExperts,
+    weights: ExpertWeights | PreparedExperts,
     expert_ids: Int[Array, "T A"],
     routing: Float[Array, "T A"],
     *,
@@ -58,7 +65,7 @@ def preparable(weights: ExpertWeights, *, experts_per_token: int, impl: Impl = "
     return choose("experts", PREPARABLE, impl)(weights, experts_per_token=experts_per_token)
 
 
-def prepare(weights: ExpertWeights, *, impl: Impl = "auto") -> ExpertWeights | HopperExperts:
+def prepare(weights: ExpertWeights, *, impl: Impl = "auto") -> ExpertWeights | PreparedExperts:
     """The same experts with their bytes in the order that the implementation's kernels read.
 
     As many bytes as before, but for biases in float32. Pure, local arrays: call under jit, inside shard_map.

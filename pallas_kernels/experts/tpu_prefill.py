@@ -50,9 +50,9 @@ def group(
     Example:
         >>> tiles, places, sources = group(jnp.array([[0, 2], [2, 7], [2, 0]]), 4, 2)
         >>> tiles.experts.tolist(), tiles.sources.tolist(), tiles.num_tiles.tolist()
-        ([0, 2, 2, 2, 2, 2], [0, 1, 2, 2, 2, 2], [3])
+        ([0, 2, 2, 2, 2, 2, 2], [0, 1, 2, 2, 2, 2, 2], [3])
         >>> places.tolist(), sources[:5].tolist()
-        ([[0, 2], [3, 12], [4, 1]], [0, 2, 0, 1, 2])
+        ([[0, 2], [3, 14], [4, 1]], [0, 2, 0, 1, 2])
     """
     num_pairs = expert_ids.size
     most_tiles = num_pairs // tile_rows + min(num_pairs, num_experts)

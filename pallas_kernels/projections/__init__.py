@@ -15,13 +15,14 @@ __all__ = ["output", "project_to_cache", "route", "unembed"]
 def _backends(
     plain: Callable[..., Any], kernel: Callable[..., Any], most: int | None, *static: str
 ) -> dict[str, Callable[..., Any]]:
-    """On Hopper the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast."""
+    """On Hopper the kernel serves up to `most` rows. More are XLA's: its matrix products then are as fast. On a TPU all
+    are: the plain form is its implementation, not a stand-in."""
     few_rows = jax.jit(kernel, static_argnames=static)  # layers share one trace, one lowering and one compilation
 
     def hopper(x: Array, *args: Any, **kwargs: Any) -> Any:
         return (few_rows if most is None or x.shape[0] <= most else plain)(x, *args, **kwargs)
 
-    return {"reference": plain, "cpu": plain, "hopper": hopper}
+    return {"reference": plain, "cpu": plain, "hopper": hopper, "tpu": plain}
 
 
 BACKENDS = {
@@ -43,18 +44,19 @@ def project_to_cache(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
     slots: Int[Array, " T"],
     *,
     eps: float,
     impl: Impl = "auto",
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """RMSNorm, then queries, keys and values; returns the queries, and the pools with the new keys and values in them.
 
     A token's go to slot `slots[t]` of page `pages[t]`; a page number at or past P means nowhere. No two tokens may go
     to one place, and no number is negative. Kernels write in place where the pools passed in are not used again.
+    Where a pool is wider than the heads, zeros fill the rest.
 
     The norm is computed in float32 and rounded once to x's dtype. Products accumulate in float32, the bias is added
     in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `cos` and

@@ -30,11 +30,11 @@ def append(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
     slots: Int[Array, " T"],
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """Finish what `project_to_cache` began: `product` holds queries, keys and values of each token, in float32.
 
     Arguments are checked by the caller.

@@ -33,14 +33,14 @@ def project_to_cache(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
     slots: Int[Array, " T"],
     *,
     eps: float,
     tiles: Tiles,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`; arguments are checked by the caller."""
     num_tokens, width = x.shape
     num_heads, num_kv_heads = query_weight.shape[0], key_weight.shape[0]

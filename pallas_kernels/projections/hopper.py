@@ -38,14 +38,14 @@ def project_to_cache(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
     slots: Int[Array, " T"],
     *,
     eps: float,
     tiles: Tiles | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`. Beyond MAX_TOKENS the product is XLA's, and `tiles` unused."""
     (num_tokens, width), head_dim = x.shape, query_weight.shape[1]
     name = "project_to_cache"
@@ -54,6 +54,7 @@ def project_to_cache(
     _check(name, cos.dtype == sin.dtype == jnp.float32, f"rotations of {cos.dtype} and {sin.dtype}, not float32")
     _check(name, pages.dtype == slots.dtype == jnp.int32, f"pages of {pages.dtype}, slots of {slots.dtype}, not int32")
     _check(name, head_dim == HEAD_DIM, f"heads of {head_dim}, not {HEAD_DIM}")
+    _check(name, keys.shape[3] == HEAD_DIM, f"pools of width {keys.shape[3]}, not {HEAD_DIM}")
     _check(name, num_tokens > 0, "0 tokens, not 1 or more")
     if num_tokens > MAX_TOKENS:
         normed = reference.norm(x, norm_scale, eps=eps)

@@ -69,18 +69,19 @@ def project_to_cache(
     value_bias: Float[Array, "K H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    keys: Float[Array, "P K slots H"],
-    values: Float[Array, "P K slots H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
     slots: Int[Array, " T"],
     *,
     eps: float,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots H"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`."""
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     queries, *new = query_key_value(x, norm_scale, *weights, cos, sin, eps=eps)
+    padding = ((0, 0), (0, 0), (0, keys.shape[3] - queries.shape[2]))
     keys, values = (
-        pool.at[pages, :, slots].set(heads.astype(pool.dtype), mode="drop")
+        pool.at[pages, :, slots].set(jnp.pad(heads.astype(pool.dtype), padding), mode="drop")
         for pool, heads in zip((keys, values), new, strict=True)
     )
     return queries, keys, values
