@@ -79,12 +79,21 @@ def project_to_cache(
     """See `pallas_kernels.projections.project_to_cache`."""
     weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     queries, *new = query_key_value(x, norm_scale, *weights, cos, sin, eps=eps)
-    padding = ((0, 0), (0, 0), (0, keys.shape[3] - queries.shape[2]))
-    keys, values = (
-        pool.at[pages, :, slots].set(jnp.pad(heads.astype(pool.dtype), padding), mode="drop")
-        for pool, heads in zip((keys, values), new, strict=True)
-    )
+    keys, values = (_write(pool, heads, pages, slots) for pool, heads in zip((keys, values), new, strict=True))
     return queries, keys, values
+
+
+def _write(
+    pool: Float[Array, "P K slots W"], heads: Float[Array, "T K H"], pages: Int[Array, " T"], slots: Int[Array, " T"]
+) -> Float[Array, "P K slots W"]:
+    """Write each token's heads, a row of the pool each.
+
+    As rows of a matrix: a scatter into four dims has XLA for TPUs copy the pool into another order of dims and back.
+    """
+    _, num_heads, num_slots, width = pool.shape
+    rows = (pages[:, None] * num_heads + jnp.arange(num_heads, dtype=pages.dtype)) * num_slots + slots[:, None]
+    padded = jnp.pad(heads.astype(pool.dtype), ((0, 0), (0, 0), (0, width - heads.shape[2])))
+    return pool.reshape(-1, width).at[rows].set(padded, mode="drop").reshape(pool.shape)
 
 
 def output(

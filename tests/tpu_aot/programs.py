@@ -1,0 +1,120 @@
+"""The programs: a decode step and a chunk of prefill of the published models, compiled for TPUs from shapes alone."""
+
+import collections
+import dataclasses
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
+from gptoss_jax.generation.sampling import Sampling, SamplingRows
+from gptoss_jax.generation.steps import decode, prefill, start
+from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.transformer import Transformer, abstract, ambient_mesh, fill, leaves, prepare
+from gptoss_jax.sharding import make_mesh
+
+MODELS = {"20b": gpt_oss_20b, "120b": gpt_oss_120b}
+GENERATIONS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+"""Topologies of four chips."""
+STEPS = ("decode", "prefill")
+BATCH = 8
+CONTEXT = 4096
+CHUNK = 2048
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*/(\w+)/pallas_call"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; bytes are of one device."""
+
+    seconds: float
+    argument_bytes: int
+    temporary_bytes: int
+    cost_seconds: float
+    kernels: dict[str, int]
+    """Calls of each Pallas kernel, by name."""
+
+
+def published(name: str, num_layers: int | None = None) -> ModelConfig:
+    """A published model, or its first few layers."""
+    config = MODELS[name]()
+    kinds = config.layer_kinds[:num_layers]
+    return dataclasses.replace(config, num_layers=len(kinds), layer_kinds=kinds)
+
+
+def tpu_mesh(topology: str, **axes: int) -> Mesh:
+    """A mesh of chips that can be compiled for, and nothing else.
+
+    Raises RuntimeError, naming the extra, where libtpu is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except RuntimeError as missing:
+        raise RuntimeError("no compiler for TPUs here: install the extra `tpu` (pip install -e '.[tpu]')") from missing
+    return make_mesh(devices=described.devices, **axes)
+
+
+def lowered(step: str, config: ModelConfig, mesh: Mesh) -> Any:
+    """The program of a step, lowered."""
+    model = _model(config, mesh)
+    if step == "prefill":
+        cache = _cache(config, mesh, batch=1, chunk=CHUNK)
+        return prefill.lower(model, cache, _array(mesh, (1, CHUNK), jnp.int32, "data"), _rows(mesh, 1))
+    cache = _cache(config, mesh, batch=BATCH, chunk=CHUNK // BATCH)
+    stop_ids = _array(mesh, (2,), jnp.int32)
+    logits = _array(mesh, (BATCH, config.vocab_size), jnp.float32)
+    settings = jax.tree.map(
+        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([Sampling(seed=0)] * BATCH)
+    )
+    rows, _ = start.eval_shape(model, logits, _rows(mesh, BATCH), settings, stop_ids)
+    rows = jax.tree.map(lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), rows)
+    return decode.lower(model, cache, rows, stop_ids, _array(mesh, (), jnp.int32))
+
+
+def compiled(step: str, config: ModelConfig, mesh: Mesh) -> tuple[Compiled, str]:
+    """What the compiler says, and the optimized program's text."""
+    began = time.monotonic()
+    program = lowered(step, config, mesh).compile()
+    seconds = time.monotonic() - began
+    memory, text = program.memory_analysis(), program.as_text()
+    figures = Compiled(
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        cost_seconds=program.cost_analysis().get("optimal_seconds", float("nan")),
+        kernels=collections.Counter(_KERNEL.findall(text)),
+    )
+    return figures, text
+
+
+def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
+    model = prepare(abstract(config, mesh=mesh, impl="tpu"))
+    return fill(model, leaves(model))  # with shardings over the mesh's devices
+
+
+def _cache(config: ModelConfig, mesh: Mesh, *, batch: int, chunk: int) -> Cache:
+    def create() -> Cache:
+        return Cache.create(config, batch=batch, max_length=CONTEXT, max_chunk=chunk)
+
+    with ambient_mesh(mesh):
+        shapes = jax.eval_shape(create)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)),
+        shapes,
+    )
+
+
+def _rows(mesh: Mesh, batch: int) -> jax.ShapeDtypeStruct:
+    return _array(mesh, (batch,), jnp.int32, "data")
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
