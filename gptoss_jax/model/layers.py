@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -107,6 +108,19 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
         self.weight = parameter(rngs, "V D", (vocab_size, width), dtype=dtype, scale=1.0)
+
+    def prepare(self) -> None:
+        """Have each row in one piece in memory, in place.
+
+        XLA for TPUs would have the vocabulary as the last dim, which leaves fewer gaps, and copy the whole weight
+        each time that rows are looked up.
+        """
+        weight = self.weight.get_value()
+        rows = Format(Layout(major_to_minor=(0, 1)), weight.sharding)
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            self.weight.set_value(jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=rows))
+        else:
+            self.weight.set_value(jax.device_put(weight, rows, donate=True))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         def look_up(tokens: Int[Array, "B T"], rows: Float[Array, "V D"]) -> Float[Array, "B T D"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -22,7 +23,7 @@ from gptoss_jax.model.experts import Experts
 from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
 from gptoss_jax.model.rope import rotations
 from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, split_rows
-from pallas_kernels.dispatch import Impl
+from pallas_kernels.dispatch import Impl, platform
 
 
 class Layer(nnx.Module):
@@ -190,12 +191,15 @@ def abstract(
 
 def leaves(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of every parameter, by its dotted path in the checkpoint."""
-    return {
-        ".".join(map(str, path)): jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(model.mesh, leaf.get_value().sharding.spec)
+
+    def described(value: Any) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(model.mesh, value.sharding.spec)
+        chosen = value.format.layout if isinstance(value, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=place if chosen is None else Format(chosen, place)
         )
-        for path, leaf in nnx.to_flat_state(nnx.state(model))
-    }
+
+    return {".".join(map(str, path)): described(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
@@ -208,8 +212,8 @@ def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
 def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
-    In place, a layer at a time, so that device memory holds one layer's experts twice and no more; the arrays that
-    held the published order are deleted. Nothing changes on a platform whose kernels read the published order, for
+    In place, a layer at a time, so that device memory holds one layer's experts twice and no more (on a TPU the
+    embedding too, which is laid out anew); the arrays that held the published order are deleted. Nothing changes on a platform whose kernels read the published order, for
     float32 models, which the kernels do not multiply, and, with a warning, for weights that the kernels cannot take.
     Takes an abstract model too. Do not save a prepared model's parameters: a checkpoint holds the published order.
 
@@ -221,6 +225,8 @@ def prepare(model: Transformer) -> Transformer:
         if all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers):
             for layer in model.layers:
                 layer.experts.prepare(model.impl)
+        if platform() == "tpu":
+            model.embedding.prepare()
     return model
 
 
