@@ -45,9 +45,9 @@ def attention(
 
 
 def pool_width(head_dim: int) -> int:
-    """W, the last dim that pools of keys and values should have for the platform in use: H, or on a TPU whole registers.
+    """W, the last dim that pools of keys and values should have for the platform in use: H; on a TPU whole registers.
 
-    A TPU pads that dim in memory in any case, or XLA makes another dim the last one and copies the pools for the kernel.
+    There XLA would otherwise make the pages the last dim, and copy the pools for the kernel.
 
     Example:
         >>> pool_width(64)

@@ -5,10 +5,10 @@ A 32-bit word holds the codes of eight values of one column, in four pairs: pair
 lanes) unpack, with masks and shifts of 32-bit words that every TPU generation has, to four registers of bfloat16
 (16 by 128) that hold 64 values of each column in their own order, and the activations need no permutation.
 
-In each half of a word the codes of the four pairs lie where the fewest operations bring them to bfloat16's sign (bit
-15) and to the bottom of its exponent and the top of its mantissa (bits 8 to 6): see `PAIRS`. Adding the block's scale to
-the exponent makes the value. That is right for all magnitudes but e2m1's subnormals: 0.5 would be 0.75 and 0 would be
-0.5. So the codes of 0 and 0.5 are exchanged here: 0.5 is right as it is, and 0 is cleared by a mask.
+In each half of a word the codes of the four pairs lie where few operations bring them to bfloat16's sign (bit 15) and
+to the bottom of its exponent and the top of its mantissa (bits 8 to 6): see `PAIRS`. Adding the block's scale to the
+exponent makes the value. That is right for all magnitudes but e2m1's subnormals: 0.5 would be 0.75 and 0 would be 0.5.
+So the codes of 0 and 0.5 are exchanged here: 0.5 is right as it is, and 0 is cleared by a mask.
 """
 
 import dataclasses
@@ -159,8 +159,10 @@ def spread_scales(scales: Int32[Array, "*rows words n"], index: int) -> Int32[Ar
 
 
 def unpack_words(
-    words: Int32[Array, "m n"], first_scales: Int32[Array, "#m n"], second_scales: Int32[Array, "#m n"]
-) -> list[Int32[Array, "m n"]]:
+    words: Int32[Array, "*rows m n"],
+    first_scales: Int32[Array, "*rows #m n"],
+    second_scales: Int32[Array, "*rows #m n"],
+) -> list[Int32[Array, "*rows m n"]]:
     """The values of each of the four pairs, as two bfloat16 in a word; a scale, from `spread_scales`, for two pairs."""
     right = jax.lax.shift_right_logical
     nonzero = right(words, 1) | right(words, 2) | ~words  # at each magnitude's lowest bit

@@ -197,8 +197,8 @@ def _call(
     needed = _vmem_bytes(in_specs, operands, out_spec, result, scratch)
     if needed > LARGEST_VMEM:
         raise Unsupported(
-            f"experts: {name} with tiles of {tile_rows} rows of width {depth} and {columns} columns needs {needed} bytes "
-            f"of VMEM, the most is {LARGEST_VMEM}"
+            f"experts: {name} with tiles of {tile_rows} rows of width {depth} and {columns} columns needs {needed} "
+            f"bytes of VMEM, the most is {LARGEST_VMEM}"
         )
     return pl.pallas_call(
         kernel,

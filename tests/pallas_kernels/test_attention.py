@@ -3,6 +3,8 @@
 Hopper's kernels run in Pallas's interpreter here, which does not know inline PTX. Of decode it runs which pages each
 warpgroup takes, with one block for all pages of a row (splits=1) and plain JAX for loads, products and merges; of
 prefill all but the products, which are plain JAX too. tests/gpu runs what is left out.
+
+The TPU kernel runs as it is in Pallas's TPU interpreter, two pages a step, memory that nothing wrote being NaN.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import attention, hopper, hopper_decode, hopper_prefill
+from pallas_kernels.attention import attention, hopper, hopper_decode, hopper_prefill, tpu
 from pallas_kernels.dispatch import Unsupported
 
 H, SLOTS = 64, 64
@@ -28,9 +31,17 @@ class Backend:
     """Of the norm of the error, relative to the answer's."""
 
 
+def on_tpu(queries, keys, values, *rest):
+    wider = ((0, 0),) * 3 + ((0, tpu.pool_width(H) - H),)
+    pools = (jnp.pad(pool, wider) for pool in (keys, values))
+    interpret = pltpu.InterpretParams(uninitialized_memory="nan")
+    return tpu.attention(queries, *pools, *rest, step_pages=2, interpret=interpret)
+
+
 BACKENDS = {
     "reference": Backend(jax.jit(functools.partial(attention, impl="reference")), jnp.float32, 1e-6),
     "hopper": Backend(jax.jit(functools.partial(hopper.attention, interpret=True)), jnp.bfloat16, 3e-3),
+    "tpu": Backend(jax.jit(on_tpu), jnp.bfloat16, 3e-3),
 }
 every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 
@@ -176,9 +187,14 @@ def test_entries_beyond_the_filled_part_of_a_table_are_never_read(num_queries, b
     assert np.linalg.norm(found - narrow) <= backend.tolerance * np.linalg.norm(narrow)
 
 
-def test_rows_of_different_lengths_in_one_batch():
+@pytest.mark.parametrize("name", ["hopper", "tpu"])
+def test_rows_of_different_lengths_in_one_batch(name):
     last = np.array([[3], [500], [64], [1000], [127]])
-    assert_right(build(8, np.zeros_like(last), last, N=16, K=2), BACKENDS["hopper"])
+    assert_right(build(8, np.zeros_like(last), last, N=16, K=2), BACKENDS[name])
+
+
+def test_a_chunk_of_several_tiles_on_a_tpu():
+    assert_right(build(2, *causal(70, 150, 100), N=4, K=2), BACKENDS["tpu"])
 
 
 @pytest.mark.parametrize(
@@ -220,6 +236,24 @@ def test_hopper_says_what_it_cannot_take(change, words):
     integers = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(Unsupported, match=words):
         attention(queries, pool, pool, integers, integers, integers, jnp.zeros(sizes["heads"]), impl="hopper")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": jnp.float32}, "float32"),
+        ({"width": 64}, "width 64 in pools of width 128, not 64"),
+        ({"slots": 16}, "64 slots, not 16"),
+        ({"heads": 9}, "not 9 for 2"),
+    ],
+)
+def test_tpu_says_what_it_cannot_take(change, words):
+    sizes = {"dtype": jnp.bfloat16, "width": 128, "slots": 64, "heads": 8, **change}
+    queries = jnp.zeros((1, 1, sizes["heads"], 64), sizes["dtype"])
+    pool = jnp.zeros((2, 2, sizes["slots"], sizes["width"]), sizes["dtype"])
+    integers = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(Unsupported, match=words):
+        attention(queries, pool, pool, integers, integers, integers, jnp.zeros(sizes["heads"]), impl="tpu")
 
 
 def test_sink_equals_the_log_sum_exp_form():
