@@ -213,9 +213,10 @@ def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
     In place, a layer at a time, so that device memory holds one layer's experts twice and no more (on a TPU the
-    embedding too, which is laid out anew); the arrays that held the published order are deleted. Nothing changes on a platform whose kernels read the published order, for
-    float32 models, which the kernels do not multiply, and, with a warning, for weights that the kernels cannot take.
-    Takes an abstract model too. Do not save a prepared model's parameters: a checkpoint holds the published order.
+    embedding too, which is laid out anew); the arrays that held the published order are deleted. Nothing changes on a
+    platform whose kernels read the published order, for float32 models, which the kernels do not multiply, and, with a
+    warning, for weights that the kernels cannot take. Takes an abstract model too. Do not save a prepared model's
+    parameters: a checkpoint holds the published order.
 
     Raises Unsupported if the model names an implementation that cannot take its weights; then none has changed.
     """

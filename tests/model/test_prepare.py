@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.model import transformer
 from gptoss_jax.model.transformer import abstract, leaves, prepare
 from gptoss_jax.sharding import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts import ExpertWeights, HopperExperts, hopper_layout
+from pallas_kernels.experts import ExpertWeights, HopperExperts, TPUExperts, hopper_layout, tpu_layout
 from pallas_kernels.experts.hopper_layout import ScaleTooLarge
 from tests.tiny import TINY, random_model
 
@@ -20,19 +21,22 @@ TILED = dataclasses.replace(TINY, hidden_size=128, num_experts=8, vocab_size=136
 
 
 @pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}], ids=["one device", "four devices"])
-def test_prepared_weights_are_packed_in_place(axes):
-    model = random_model(TILED, mesh=make_mesh(**axes), dtype=jnp.bfloat16, impl="hopper")
+@pytest.mark.parametrize(
+    ("impl", "layout", "order"), [("hopper", hopper_layout, HopperExperts), ("tpu", tpu_layout, TPUExperts)]
+)
+def test_prepared_weights_are_packed_in_place(impl, layout, order, axes):
+    model = random_model(TILED, mesh=make_mesh(**axes), dtype=jnp.bfloat16, impl=impl)
     published = [layer.experts.weights for layer in model.layers]
     assert all(isinstance(weights, ExpertWeights) for weights in published)
-    expected = hopper_layout.pack(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), published[0]))
+    expected = layout.pack(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), published[0]))
 
     assert prepare(model) is model
     for layer, before in zip(model.layers, published, strict=True):
-        assert isinstance(layer.experts.weights, HopperExperts)
+        assert isinstance(layer.experts.weights, order)
         assert before.gate_up.blocks.is_deleted()
         assert before.down_bias.is_deleted()
     found = model.layers[0].experts.weights
-    for field in dataclasses.fields(HopperExperts):
+    for field in dataclasses.fields(order):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
     assert found.gate_up_words.sharding.num_devices == model.mesh.size
     assert prepare(model).layers[0].experts.weights.gate_up_words is found.gate_up_words
@@ -44,10 +48,24 @@ def test_the_cpu_and_float32_keep_the_published_order():
         assert isinstance(prepare(model).layers[0].experts.weights, ExpertWeights)
 
 
-def test_an_abstract_model_gets_the_shapes_and_shardings_of_the_real_one():
+@pytest.mark.parametrize("impl", ["hopper", "tpu"])
+def test_an_abstract_model_gets_the_shapes_and_shardings_of_the_real_one(impl):
     mesh = make_mesh(expert=2)
-    real = leaves(prepare(random_model(TILED, mesh=mesh, dtype=jnp.bfloat16, impl="hopper")))
-    assert leaves(prepare(abstract(TILED, mesh=mesh, impl="hopper"))) == real
+    real = leaves(prepare(random_model(TILED, mesh=mesh, dtype=jnp.bfloat16, impl=impl)))
+    assert leaves(prepare(abstract(TILED, mesh=mesh, impl=impl))) == real
+
+
+def test_on_a_tpu_the_embeddings_rows_are_in_one_piece(monkeypatch):
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    mesh = make_mesh(expert=2)
+    real = random_model(TILED, mesh=mesh, dtype=jnp.bfloat16, impl="tpu")
+    before = np.asarray(real.embedding.weight[...])
+    prepare(real)
+    np.testing.assert_array_equal(real.embedding.weight[...], before)
+    assert real.embedding.weight.get_value().format.layout.major_to_minor == (0, 1)
+    described = leaves(prepare(abstract(TILED, mesh=mesh, impl="tpu")))
+    assert described["embedding.weight"].format.layout.major_to_minor == (0, 1)
+    assert described["unembedding.weight"].format.layout is None
 
 
 def test_widths_that_do_not_tile_are_refused():

@@ -43,7 +43,7 @@ def test_values_survive_the_layout_bit_for_bit():
 
 
 def test_what_no_normal_bfloat16_holds_becomes_zero():
-    published = random_weights(range(0, 2))
+    published = random_weights(range(2))
     packed = tpu_layout.pack(published)
     found = np.asarray(tpu_layout.dequantize(packed.down_words, packed.down_scales))
     truth = np.asarray(dequantize(published.down)).swapaxes(1, 2)
@@ -51,7 +51,7 @@ def test_what_no_normal_bfloat16_holds_becomes_zero():
 
 
 def test_scales_out_of_reach_are_refused():
-    with pytest.raises(tpu_layout.ScaleTooLarge, match="scale byte of 25[34], the most is 252"):
+    with pytest.raises(tpu_layout.ScaleTooLarge, match=r"scale byte of 25[34], the most is 252"):
         preparable(random_weights(range(250, 255)), experts_per_token=4, impl="tpu")
 
 
