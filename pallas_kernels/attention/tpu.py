@@ -101,11 +101,29 @@ def attention(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel"), vmem_limit_bytes=_VMEM_BYTES
         ),
+        cost_estimate=_cost(rows, keys, page_table, num_tiles=num_tiles),
         name="attention",
         interpret=interpret,
     )(first_page, last_page, page_table[:, None], ends_of_token, ends_of_row, sinks_of_row, rows, keys, values)
     attended = attended.reshape(batch, num_kv_heads, -1, group, width)[:, :, :num_tokens, :, :head_width]
     return attended.swapaxes(1, 2).reshape(queries.shape)
+
+
+def _cost(
+    rows: Float[Array, "B K rows W"],
+    keys: Float[Array, "P K slots W"],
+    page_table: Int[Array, "B pages"],
+    *,
+    num_tiles: int,
+) -> pl.CostEstimate:
+    """What the compiler cannot see: the most that these shapes may need, every page of the table being visible."""
+    slots = page_table.shape[1] * PAGE_SLOTS
+    page_bytes = keys.size // keys.shape[0] * keys.dtype.itemsize
+    return pl.CostEstimate(
+        flops=4 * rows.size * slots,
+        bytes_accessed=2 * num_tiles * page_table.size * page_bytes + 2 * rows.size * rows.dtype.itemsize,
+        transcendentals=rows.size // rows.shape[-1] * slots,
+    )
 
 
 def pool_width(head_dim: int) -> int:

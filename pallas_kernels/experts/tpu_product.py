@@ -8,6 +8,7 @@ past the last name the last one's expert and rows, so nothing is fetched or writ
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,9 +214,26 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=needed + _SPARE_VMEM
         ),
+        cost_estimate=_cost(tiles, matrix, rows, result, tile_rows=tile_rows),
         name=name,
         interpret=interpret,
     )(tiles.experts, tiles.sources, tiles.targets, tiles.num_tiles, *operands)
+
+
+def _cost(
+    tiles: RowTiles, matrix: list[tuple[Array, tuple[int | None, ...]]], rows: Array, result: Any, *, tile_rows: int
+) -> pl.CostEstimate:
+    """What the compiler cannot see: the most that these shapes may need, every tile being there."""
+    num_tiles, num_experts = tiles.experts.shape[0], matrix[0][0].shape[0]
+    num_matrices = matrix[0][0].shape[1]
+    packed = sum(array.size * array.dtype.itemsize for array, _ in matrix) // num_experts
+    moved = sum(math.prod(array.shape) * array.dtype.itemsize for array in (rows, result))
+    products = num_matrices * tile_rows * rows.shape[1] * result.shape[1]
+    return pl.CostEstimate(
+        flops=2 * num_tiles * products,
+        bytes_accessed=min(num_tiles, num_experts) * packed + moved,
+        transcendentals=num_tiles * tile_rows * result.shape[1] * (num_matrices - 1),
+    )
 
 
 def _vmem_bytes(
@@ -226,7 +244,7 @@ def _vmem_bytes(
     def size(shape: Any, dtype: Any) -> int:
         dims = [dim for dim in shape if dim is not None]
         dims[-1] = -(-dims[-1] // _LANES) * _LANES
-        return functools.reduce(lambda product, dim: product * dim, dims, jnp.dtype(dtype).itemsize)
+        return math.prod(dims) * jnp.dtype(dtype).itemsize
 
     blocks = [(spec.block_shape, array.dtype) for spec, array in zip(in_specs, operands, strict=True)]
     blocks.append((out_spec.block_shape, result.dtype))

@@ -36,11 +36,12 @@ def exceeded(name: str, found: dict[str, Any], table: Table) -> list[str]:
 def markdown(table: Table) -> str:
     """The table for docs/kernels.md."""
     lines = [
-        "| program | topology | arguments | temporaries | kernels | compiled in |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| program | topology | arguments | temporaries | estimated | kernels | compiled in |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in table.items():
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["kernels"].items())
         sizes = " | ".join(f"{row[key] / 2**20:,.0f} MiB" for key in LIMITED)
-        lines.append(f"| {name} | {row['topology']} | {sizes} | {kernels} | {row['seconds']:.0f} s |")
+        estimate = f"{1000 * row['estimated_seconds']:.2f} ms"
+        lines.append(f"| {name} | {row['topology']} | {sizes} | {estimate} | {kernels} | {row['seconds']:.0f} s |")
     return "\n".join(lines)
