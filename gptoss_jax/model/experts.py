@@ -39,7 +39,7 @@ class Experts(nnx.Module):
         self.gate_up = PackedLinear("2F", (num_experts, 2 * expert_width, width), dtype=dtype, rngs=rngs)
         self.down = PackedLinear("D", (num_experts, width, expert_width), dtype=dtype, rngs=rngs)
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
-        self.order: type[ExpertWeights | PreparedExperts] = ExpertWeights
+        self.order: type[PreparedExperts] | None = None  # that of a backend, once prepared
 
     @property
     def weights(self) -> ExpertWeights | PreparedExperts:
@@ -49,7 +49,7 @@ class Experts(nnx.Module):
             for linear in (self.gate_up, self.down)
             for parameter in (linear.blocks, linear.scales, linear.bias)
         ]
-        if self.order is not ExpertWeights:
+        if self.order is not None:
             return self.order(*held)
         gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias = held
         return ExpertWeights(

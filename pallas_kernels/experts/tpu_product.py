@@ -193,7 +193,7 @@ def _call(
         (tile_rows, columns), lambda column, tile, *tables: (0 if summed else tables[2][tile], column)
     )
     depth = rows.shape[1]
-    (num_matrices,) = {shape[1] for array, shape in matrix if array.ndim == 4}
+    num_matrices = matrix[0][0].shape[1]
     scratch = [*scratch, pltpu.VMEM((num_matrices, 4 * scale_words(depth), columns), jnp.int32)]
     needed = _vmem_bytes(in_specs, operands, out_spec, result, scratch)
     if needed > LARGEST_VMEM:
