@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts.weights import ExpertWeights
@@ -25,6 +25,7 @@ from pallas_kernels.mxfp4 import BLOCK, MXFP4
 STEP = 64
 """Values of a column in one register of words; D and F are multiples of it."""
 STEP_WORDS = 8
+LANES = 128
 LARGEST_SCALE = 252
 """Of 6 = 1.5 * 4 the exponent field is scale + 2, and bfloat16's largest is 254."""
 
@@ -51,7 +52,10 @@ class TPUExperts:
     """One layer's experts in words. Gates and ups are apart, gates first."""
 
     gate_up_words: Any
-    """int32 `E 2 D/8 F`."""
+    """int32 `E 2 D/8 F`; here and below the last dim ends in zeros that make it a multiple of 128.
+
+    Memory has them in any case; without them XLA may make the experts the last dim, and copy the array for a kernel.
+    """
     gate_up_scales: Any
     """int32 `E 2 words F`, words = `scale_words(D)`: byte b of word w has the published scale of block b * words + w,
     less 1, which is the exponent field of 0.5."""
@@ -72,12 +76,12 @@ class TPUExperts:
     @property
     def width(self) -> int:
         """D, the model's width."""
-        return self.down_bias.shape[-1]
+        return self.gate_up_words.shape[-2] * 8
 
     @property
     def expert_width(self) -> int:
         """F, the experts' width."""
-        return self.gate_up_bias.shape[-1]
+        return self.down_words.shape[-2] * 8
 
 
 def pack(weights: ExpertWeights) -> TPUExperts:
@@ -93,7 +97,7 @@ def pack(weights: ExpertWeights) -> TPUExperts:
         >>> published = ExpertWeights(matrix(256, 64), jnp.ones((3, 256)), matrix(64, 128), jnp.ones((3, 64)))
         >>> packed = pack(published)
         >>> packed.gate_up_words.shape, packed.gate_up_scales.shape, packed.down_words.shape
-        ((3, 2, 8, 128), (3, 2, 8, 128), (3, 16, 64))
+        ((3, 2, 8, 128), (3, 2, 8, 128), (3, 16, 128))
     """
     refuse_odd_widths(weights)
 
@@ -108,10 +112,10 @@ def pack(weights: ExpertWeights) -> TPUExperts:
     return TPUExperts(
         gate_up_words=gate_up_words,
         gate_up_scales=gate_up_scales,
-        gate_up_bias=gate_up_bias.reshape(*gate_up_bias.shape[:-1], -1, 2).swapaxes(-1, -2),
+        gate_up_bias=_pad_columns(gate_up_bias.reshape(*gate_up_bias.shape[:-1], -1, 2).swapaxes(-1, -2)),
         down_words=down_words,
         down_scales=down_scales,
-        down_bias=weights.down_bias.astype(jnp.float32)[:, None],
+        down_bias=_pad_columns(weights.down_bias.astype(jnp.float32)[:, None]),
     )
 
 
@@ -183,7 +187,7 @@ def unpack_words(
 def dequantize(
     words: Int32[Array, "*rows words N"], scales: Int32[Array, "*rows scale_words N"]
 ) -> Float[Array, "*rows K N"]:
-    """The values in float32, [in, out]: what the kernels multiply with, in plain JAX."""
+    """The values in float32, [in, out], zeros at the end of `out` included: what the kernels multiply with."""
     *rows, num_words, num_columns = words.shape
     steps = words.reshape(*rows, -1, STEP_WORDS, num_columns)
     bases = jnp.concatenate([spread_scales(scales, index) for index in range(4)], axis=-2)
@@ -203,7 +207,7 @@ def _both(half: int) -> Array:
     return jnp.int32(word - (1 << 32) if word >> 31 else word)
 
 
-def _pack(matrix: MXFP4) -> tuple[Int32[Array, "words N"], Int32[Array, "scale_words N"]]:
+def _pack(matrix: MXFP4) -> tuple[Int32[Array, "words padded"], Int32[Array, "scale_words padded"]]:
     """The words and the scales of one matrix [out, in]."""
     num_columns = matrix.scales.shape[0]
     # Values 64v + 16p + 2r and the next are byte 32v + 8p + r of the published row.
@@ -214,7 +218,11 @@ def _pack(matrix: MXFP4) -> tuple[Int32[Array, "words N"], Int32[Array, "scale_w
     num_planes = 4 * scale_words(scales.shape[0] * BLOCK)
     planes = jnp.pad(scales, ((0, num_planes - scales.shape[0]), (0, 0))).reshape(4, -1, num_columns)
     packed_scales = jax.lax.bitcast_convert_type(jnp.moveaxis(planes, 0, -1), jnp.int32)
-    return jax.lax.bitcast_convert_type(words, jnp.int32), packed_scales
+    return _pad_columns(jax.lax.bitcast_convert_type(words, jnp.int32)), _pad_columns(packed_scales)
+
+
+def _pad_columns(array: Shaped[Array, "*rows N"]) -> Shaped[Array, "*rows padded"]:
+    return jnp.pad(array, ((0, 0),) * (array.ndim - 1) + ((0, -array.shape[-1] % LANES),))
 
 
 def _place(byte: UInt8[Array, "words N"], pair: Pair) -> Array:

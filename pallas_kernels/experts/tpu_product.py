@@ -19,12 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.tpu_layout import STEP_WORDS, TPUExperts, scale_words, spread_scales, unpack_words
+from pallas_kernels.experts.tpu_layout import LANES, STEP_WORDS, TPUExperts, scale_words, spread_scales, unpack_words
 
 LARGEST_VMEM = 56 * 2**20
 """Bytes that one kernel may ask for: tpu7x has 64 MiB a core, the others more."""
 _SPARE_VMEM = 4 * 2**20
-_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +71,7 @@ def gate_up(
 ) -> BFloat16[Array, "num_rows F"]:
     """The activations of each row tile; result rows that no tile has are arbitrary."""
     width, expert_width = weights.width, weights.expert_width
-    columns = min(cut.gate_up_columns, expert_width)
+    columns = min(cut.gate_up_columns, weights.gate_up_words.shape[-1])
     return _call(
         functools.partial(_gate_up_kernel, activation=activation),
         tiles,
@@ -102,7 +101,7 @@ def down(
     interpret: Any = False,
 ) -> BFloat16[Array, "num_rows D"]:
     """The answers of each row tile; result rows that no tile has are arbitrary."""
-    columns = min(cut.down_columns, weights.width)
+    columns = min(cut.down_columns, weights.down_words.shape[-1])
     return _call(
         _down_kernel,
         tiles,
@@ -128,7 +127,7 @@ def down_and_sum(
 ) -> BFloat16[Array, "m D"]:
     """The answers of all row tiles, each row of a tile times its share, added up in float32 in the tiles' order."""
     tile_rows = shares.shape[1]
-    columns = min(cut.down_columns, weights.width)
+    columns = min(cut.down_columns, weights.down_words.shape[-1])
     shares_spec = pl.BlockSpec((None, tile_rows, 1), lambda column, tile, *tables: (tables[2][tile], 0, 0))
     return _call(
         _down_and_sum_kernel,
@@ -243,7 +242,7 @@ def _vmem_bytes(
 
     def size(shape: Any, dtype: Any) -> int:
         dims = [dim for dim in shape if dim is not None]
-        dims[-1] = -(-dims[-1] // _LANES) * _LANES
+        dims[-1] = -(-dims[-1] // LANES) * LANES
         return math.prod(dims) * jnp.dtype(dtype).itemsize
 
     blocks = [(spec.block_shape, array.dtype) for spec, array in zip(in_specs, operands, strict=True)]
