@@ -33,7 +33,7 @@ STEPS = ("decode", "prefill")
 BATCH = 8
 CONTEXT = 4096
 CHUNK = 2048
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="[^"]*/(\w+)/pallas_call"')
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="(?:[^"]*/)?(\w+)/pallas_call"')
 
 
 @dataclasses.dataclass(frozen=True)
