@@ -1,13 +1,13 @@
 """Two programs compiled for TPUs, where libtpu is installed, and the table's own rules; `make aot` compiles all."""
 
-import dataclasses
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 
 from tests.tpu_aot import table
 from tests.tpu_aot.__main__ import NAMES
-from tests.tpu_aot.programs import EXPERT_AXIS, TOPOLOGIES, compiled, published, tpu_mesh
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no compiler for TPUs: install the extra `tpu` (or `make aot`)"
@@ -16,11 +16,12 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "generation", "step"), [("20b", "v5e", "decode"), ("120b", "v6e", "prefill")])
-def test_two_layers_compile_with_our_kernels_and_no_more_memory_than_the_table_says(model, generation, step):
-    mesh = tpu_mesh(TOPOLOGIES[model][generation], expert=EXPERT_AXIS[model])
-    found, _ = compiled(step, published(model, 2), mesh)
-    assert table.exceeded(f"{model}-{generation}-{step}-2", dataclasses.asdict(found), table.read()) == []
+@pytest.mark.parametrize("name", ["20b-v5e-decode", "120b-v6e-prefill"])
+def test_two_layers_compile_with_our_kernels_and_no_more_memory_than_the_table_says(name):
+    # In a process of its own: libtpu stays in memory, and shapes stand where annotations ask for arrays.
+    command = [sys.executable, "-m", "tests.tpu_aot", name, "--layers", "2"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
