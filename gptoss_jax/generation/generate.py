@@ -3,18 +3,19 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gptoss_jax.errors import PromptError, SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, start
 from gptoss_jax.harmony.tokens import STOP_IDS
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids
+from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids, flattened
 from gptoss_jax.sharding import place
 from pallas_kernels.dispatch import platform
 
@@ -141,7 +142,7 @@ class _Run:
         top_logprobs: int,
     ) -> None:
         _check(model, prompts, max_new_tokens, top_logprobs)
-        self._model, self._num_prompts, self._num_top = model, len(prompts), top_logprobs
+        self._model, self._num_prompts, self._num_top = flattened(model), len(prompts), top_logprobs
         self._stop_ids = frozenset(stop_ids)
         lengths = np.array([len(prompt) for prompt in prompts])
         # The last token chosen never enters the cache, so the context has room for one more than it holds.
@@ -160,12 +161,12 @@ class _Run:
             dtype=model.dtype,
             mesh=model.mesh,
         )
-        logits, self._cache = _read(model, cache, prompts)
+        logits, self._cache = _read(self._model, cache, prompts, model.mesh)
         # An id outside the vocabulary stops nothing; -1 stands for none, since an empty array is another shape.
         stops = [stop for stop in sorted(self._stop_ids) if 0 <= stop < model.config.vocab_size]
         self._stops = np.array(stops or [-1], np.int32)
         remaining = np.pad(remaining, (0, padding))
-        self._rows, chosen = start(model, logits, remaining, settings, self._stops, num_top=top_logprobs)
+        self._rows, chosen = start(self._model, logits, remaining, settings, self._stops, num_top=top_logprobs)
         self.first = self._tokens(chosen)
 
     def more(self, limit: int) -> list[list[Token]]:
@@ -199,8 +200,10 @@ def prefill_chunk(model: Transformer, batch: int) -> int:
         return max(_SMALLEST_CHUNK, PREFILL_TOKENS.get(platform(), _FEWER_TOKENS) // batch)
 
 
-def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:
-    """Read ragged prompts chunk by chunk; returns the logits after each row's last token.
+def _read(
+    model: Any, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray], mesh: Mesh
+) -> tuple[jax.Array, Cache]:
+    """Read ragged prompts chunk by chunk with a `flattened` model; returns the logits after each row's last token.
 
     Chunks are as long as the cache takes, the last one a power of two: few shapes, so few compilations.
     """
@@ -214,7 +217,7 @@ def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np
         size = min(max(_SMALLEST_CHUNK, 1 << (chunk.shape[1] - 1).bit_length()), cache.max_chunk)
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
         counts = np.clip(lengths - begin, 0, size).astype(np.int32)
-        chunk, counts = place((chunk, counts), model.mesh)
+        chunk, counts = place((chunk, counts), mesh)
         new_logits, cache = prefill(model, cache, chunk, counts)
         logits = new_logits if logits is None else jnp.where(counts[:, None] > 0, new_logits, logits)
     assert logits is not None

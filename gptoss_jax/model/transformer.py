@@ -205,6 +205,29 @@ def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
     return nnx.merge(structure, nnx.from_flat_state(filled))
 
 
+def flattened(model: Transformer) -> Any:
+    """What to pass for the model to a jitted function that is called many times; inside, it is the model.
+
+    To take a Flax module of hundreds of parameters apart costs a millisecond or two at every call; this has done so
+    once. It holds the parameters of the moment it was made, and outside of jit it is good for nothing else.
+    """
+    return _Flattened(model)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Flattened:
+    def __init__(self, model: Transformer) -> None:
+        leaves, self._structure = jax.tree.flatten(model)
+        self._leaves = tuple(leaves)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        return self._leaves, self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Sequence[Any]) -> Transformer:
+        return jax.tree.unflatten(structure, leaves)
+
+
 def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
@@ -218,8 +241,10 @@ def prepare(model: Transformer) -> Transformer:
     if model.impl == "auto" and model.dtype != jnp.bfloat16:
         return model
     with jax.set_mesh(model.mesh):
-        if all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers):
-            for layer in model.layers:
+        rearranges = all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers)
+        for layer in model.layers:
+            layer.attention.prepare(model.impl)
+            if rearranges:
                 layer.experts.prepare(model.impl)
     return model
 
