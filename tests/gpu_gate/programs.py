@@ -54,7 +54,7 @@ def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     stop_ids = _array(mesh, (2,), jnp.int32)
     logits = _array(mesh, (batch, config.vocab_size), jnp.float32)
     settings = jax.tree.map(
-        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([Sampling(seed=0)] * batch)
+        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([Sampling(temperature=0.0)] * batch)
     )
     rows, _ = start.eval_shape(model, logits, _array(mesh, (batch,), jnp.int32, "data"), settings, stop_ids)
     rows = jax.tree.map(lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), rows)
