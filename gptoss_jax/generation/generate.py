@@ -148,7 +148,7 @@ class _Run:
         # The last token chosen never enters the cache, so the context has room for one more than it holds.
         allowed = min(max_new_tokens, model.config.max_context)
         remaining = np.minimum(allowed, model.config.max_context - lengths + 1).astype(np.int32)
-        room = min(_round_up(int(np.max(lengths + remaining - 1))), model.config.max_context)
+        room = cache_room(int(np.max(lengths + remaining - 1)), model.config.max_context)
 
         padding = -len(prompts) % model.mesh.shape["data"]
         prompts = [*prompts, *[[]] * padding]
@@ -214,7 +214,7 @@ def _read(
     logits = None
     for begin in range(0, tokens.shape[1], cache.max_chunk):
         chunk = tokens[:, begin : begin + cache.max_chunk]
-        size = min(max(_SMALLEST_CHUNK, 1 << (chunk.shape[1] - 1).bit_length()), cache.max_chunk)
+        size = chunk_size(chunk.shape[1], cache.max_chunk)
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
         counts = np.clip(lengths - begin, 0, size).astype(np.int32)
         chunk, counts = place((chunk, counts), mesh)
@@ -224,10 +224,15 @@ def _read(
     return logits, cache
 
 
-def _round_up(length: int) -> int:
+def chunk_size(num_tokens: int, most: int) -> int:
+    """How long the chunk is that reads so many tokens: a power of two, or the most that the cache takes."""
+    return min(max(_SMALLEST_CHUNK, 1 << (num_tokens - 1).bit_length()), most)
+
+
+def cache_room(length: int, most: int) -> int:
     """Round a cache length up to one of four steps per power of two: few shapes, at most a quarter unused."""
     step = max(64, 1 << max(0, length.bit_length() - 3))
-    return -(-length // step) * step
+    return min(-(-length // step) * step, most)
 
 
 def _check(

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.gpu
 
 PROMPT_TOKENS = 200
 DECODED_TOKENS = 70
-# Of the logits' standard deviation; as in tests/parity, where the recipe makes 0.05 this share.
-MARGIN = 0.2
+# Of the plain bfloat16 model's error: where the best logit leads by more, rounding hardly ever decides.
+MARGIN = 6
 AGREEMENT = 0.99
-# As tests/parity sharpens its weights, and for its reasons: with small random ones attention is uniform, no activation
-# reaches the clamp, and the output hangs on which of two nearly equal experts a token takes.
-MULTIPLY = {"query.weight": 2, "router.weight": 6, "sinks": 4}
-SCALE_EXPONENTS = {"gate_up.scales": 2, "down.scales": -4}
+# As in tests/parity: with small random weights attention is uniform and no activation reaches the clamp, and with large
+# experts all hangs on which of two nearly equal ones rounding makes a token take.
+MULTIPLY = {"query.weight": 2, "sinks": 4}
+SCALE_EXPONENTS = {"gate_up.scales": 1, "down.scales": -3}
 
 
 def wide(config, num_layers: int = 4):
@@ -61,15 +61,15 @@ def test_hopper_logits_are_as_good_as_bfloat16_can_be(config, batch):
     plain = logits_of(holding(weights, abstract(config, impl="reference")), tokens)
     found = teacher_forced(prepare(holding(weights, abstract(config, impl="auto"))), tokens)
 
-    second, first = np.sort(expected, axis=-1)[..., -2:].transpose(2, 0, 1)
-    counted = first - second > MARGIN * expected.std()
-    agree = found.argmax(axis=-1) == expected.argmax(axis=-1)
     error, plain_error = (median_error(each, expected) for each in (found, plain))
+    second, first = np.sort(expected, axis=-1)[..., -2:].transpose(2, 0, 1)
+    counted = first - second > MARGIN * plain_error * expected.std()
+    agree = found.argmax(axis=-1) == expected.argmax(axis=-1)
     figures = (
         f"top-1 {agree[counted].mean():.4f} of {counted.sum()}, error {error:.2e} (plain bfloat16: {plain_error:.2e})"
     )
     print(f"{config.num_experts} experts, batch {batch}: {figures}")  # noqa: T201
-    assert counted.sum() > 15, figures
+    assert counted.sum() >= 10, figures
     assert agree[counted].mean() >= AGREEMENT, figures
     assert error < 1.1 * plain_error, figures
 
