@@ -1,6 +1,7 @@
 """Ids in, ids out: a batch to its end, or one prompt token by token. Knows no text."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import PromptError, SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, start
 from gptoss_jax.harmony.tokens import STOP_IDS
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids, flattened
+from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import place
 from pallas_kernels.dispatch import platform
 
@@ -195,9 +198,38 @@ class _Run:
 
 
 def prefill_chunk(model: Transformer, batch: int) -> int:
-    """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform."""
+    """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform.
+
+    Fewer where a device has little memory beside its part of the weights: what a chunk takes then stays within a
+    quarter of the rest.
+    """
     with ambient_mesh(model.mesh):
-        return max(_SMALLEST_CHUNK, PREFILL_TOKENS.get(platform(), _FEWER_TOKENS) // batch)
+        tokens = PREFILL_TOKENS.get(platform(), _FEWER_TOKENS)
+    limit = _memory_limit(model.mesh)
+    if limit is not None:
+        devices = model.mesh.shape["expert"] * model.mesh.shape["tensor"]
+        spare = (limit - _weight_bytes(model.config) // devices) // 4
+        while tokens > _FEWER_TOKENS and tokens * _chunk_bytes(model.config) > spare:
+            tokens //= 2
+    return max(_SMALLEST_CHUNK, tokens // batch)
+
+
+def _memory_limit(mesh: Mesh) -> int | None:
+    """What JAX may take of a device's memory; None where the platform does not say."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
+@functools.cache
+def _weight_bytes(config: ModelConfig) -> int:
+    return sum(parameter.num_bytes for parameter in parameters(config).values())
+
+
+def _chunk_bytes(config: ModelConfig) -> int:
+    """Temporary bytes for each token of a chunk: its rows for its experts, in and between their products, and the
+    float32 product of queries, keys and values."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    rows = config.experts_per_token * (config.hidden_size + config.intermediate_size)
+    return 2 * rows + 4 * heads + 2 * config.hidden_size
 
 
 def _read(

@@ -241,11 +241,11 @@ def prepare(model: Transformer) -> Transformer:
     if model.impl == "auto" and model.dtype != jnp.bfloat16:
         return model
     with jax.set_mesh(model.mesh):
-        rearranges = all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers)
+        if all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers):
+            for layer in model.layers:  # before the heads: arrays of equal sizes fill the holes that they leave
+                layer.experts.prepare(model.impl)
         for layer in model.layers:
             layer.attention.prepare(model.impl)
-            if rearranges:
-                layer.experts.prepare(model.impl)
     return model
 
 
