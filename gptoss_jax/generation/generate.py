@@ -200,15 +200,15 @@ class _Run:
 def prefill_chunk(model: Transformer, batch: int) -> int:
     """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform.
 
-    Fewer where a device has little memory beside its part of the weights: what a chunk takes then stays within an
-    eighth of the rest, which holds the cache too and what XLA tries products out with when it compiles.
+    Fewer where a device has little memory beside its part of the weights: what a chunk takes then stays within a
+    sixteenth of the rest, which holds the cache too and what XLA tries products out with when it compiles.
     """
     with ambient_mesh(model.mesh):
         tokens = PREFILL_TOKENS.get(platform(), _FEWER_TOKENS)
     limit = _memory_limit(model.mesh)
     if limit is not None:
         devices = model.mesh.shape["expert"] * model.mesh.shape["tensor"]
-        spare = (limit - _weight_bytes(model.config) // devices) // 8
+        spare = (limit - _weight_bytes(model.config) // devices) // 16
         while tokens > _FEWER_TOKENS and tokens * _chunk_bytes(model.config) > spare:
             tokens //= 2
     return max(_SMALLEST_CHUNK, tokens // batch)

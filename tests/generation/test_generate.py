@@ -171,7 +171,7 @@ def test_bad_settings_are_refused(tiny_model, settings, message):
         generate(tiny_model, [[1]], **settings)
 
 
-@pytest.mark.parametrize(("gigabytes", "tokens"), [(141, 8192), (16, 2048), (14, 512)])
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(141, 8192), (16, 1024), (14, 512)])
 def test_prompts_are_read_in_shorter_chunks_where_memory_is_short(monkeypatch, gigabytes, tokens):
     monkeypatch.setattr(generation, "platform", lambda: "hopper")
     monkeypatch.setattr(generation, "_memory_limit", lambda _: gigabytes * 10**9)
