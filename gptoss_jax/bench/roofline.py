@@ -136,10 +136,9 @@ def _attention(config: ModelConfig, *, num_rows: int, held: Number, num_new: int
 
 def _stage(path: str) -> Stage | None:
     """Which stage reads a parameter; the embedding belongs to none."""
-    for stage, parts in _PARTS.items():
-        if any(part in f".{path}" for part in parts):
-            return stage
-    return None
+    if path == "embedding.weight":
+        return None
+    return next(stage for stage, parts in _PARTS.items() if any(part in f".{path}" for part in parts))
 
 
 def _weights(config: ModelConfig, *, num_tokens: int, num_logits: int, without: Collection[Stage]) -> Work:

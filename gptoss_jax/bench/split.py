@@ -63,17 +63,18 @@ def prefill_rows(model: Transformer, name: str, ceilings: Ceilings, *, num_token
 def compile_ahead(model: Transformer, shapes: Sequence[dict[str, int]], prompts: Sequence[int], *, steps: int) -> None:
     """Compile every program that `decode_rows` and `prefill_rows` will run, as many at a time as there are processors.
 
-    What cannot be compiled is left to them to report.
+    What cannot be compiled is left to them to report. The shapes' caches are made on the way: the rows' `peak_bytes`
+    are of all of them.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = []
         for part in (None, *_PARTS):
             with _variant(model, part) as variant:
                 for shape in shapes:
-                    with contextlib.suppress(DoesNotFit):
+                    with contextlib.suppress(DoesNotFit, jax.errors.JaxRuntimeError):
                         waiting.append(pool.submit(lowered_decode(variant, steps=steps, **shape).compile))
                 for num_tokens in prompts:
-                    with contextlib.suppress(DoesNotFit):
+                    with contextlib.suppress(DoesNotFit, jax.errors.JaxRuntimeError):
                         waiting += [pool.submit(each.compile) for each in _Prompt.of(variant, num_tokens).lowered()]
         wait(waiting)
 
@@ -156,7 +157,7 @@ def table(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     for row in rows:
         if row.phase != "kernel":
             steps.setdefault((row.phase, row.batch, row.context), {})[row.left_out] = row
-    head = f"{'left out':<9} {'batch':>6} {'context':>8}     "
+    head = f"{'phase':<9} {'batch':>6} {'context':>8}     "
     cells = ("whole", *_COLUMNS, "sum", "rest", "differs")
     lines = [head.ljust(_HEAD_WIDTH) + " ".join(f"{cell:>{_WIDTH}}" for cell in cells)]
     for (phase, batch, context), found in steps.items():

@@ -30,6 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.bench.roofline import Stage
+from gptoss_jax.errors import BenchError
 from gptoss_jax.model.transformer import Transformer
 from pallas_kernels import attention, experts, projections
 from pallas_kernels.projections import HeadWeights
@@ -42,7 +43,8 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
     """A model with the same arrays whose stages are left out wherever it is traced within this block.
 
     Its structure says what is left out, so programs of it and of `model` are never taken for each other; once traced
-    it may run outside of the block too. Not for several threads, nor for heads split over devices.
+    it may run outside of the block too. Not for several threads. Raises BenchError for heads split over devices, whose
+    output does not go through the door.
 
     Example:
         >>> from gptoss_jax.bench.weights import random_model
@@ -50,6 +52,8 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
         >>> with without(random_model(gpt_oss_20b()), ["attention"]) as variant:  # doctest: +SKIP
         ...     decode(variant, cache, rows, stop_ids, 64)
     """
+    if model.mesh.shape["tensor"] > 1:
+        raise BenchError("heads split over devices", where="--split", fix="measure it on a mesh with tensor = 1")
     variant = nnx.merge(*nnx.split(model))
     variant.left_out = tuple(sorted(stages))  # pyright: ignore[reportAttributeAccessIssue]  # a part of jit's key
     tables = {

@@ -215,8 +215,9 @@ def prefill_chunk(model: Transformer, batch: int) -> int:
 
 
 def _memory_limit(mesh: Mesh) -> int | None:
-    """What JAX may take of a device's memory; None where the platform does not say."""
-    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    """What JAX may take of a device's memory; None where the platform does not say, or no device is here."""
+    statistics = [device.memory_stats() or {} for device in mesh.local_devices[:1]]
+    return statistics[0].get("bytes_limit") if statistics else None
 
 
 @functools.cache

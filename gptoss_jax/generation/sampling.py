@@ -77,7 +77,7 @@ class SamplingRows:
     min_p: Any
     seed: Any
     method: Method = dataclasses.field(metadata={"static": True})
-    """What the most demanding row needs; the others get the tokens that they would get by themselves."""
+    """What the most demanding row needs, found by `of`; the others get the tokens that they would get by themselves."""
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
@@ -100,9 +100,11 @@ def sample(
 
     `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key.
     """
-    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _PIECE)), constant_values=_LOWEST)
+    vocab_size = logits.shape[1]
+    logits = jnp.pad(logits, ((0, 0), (0, -vocab_size % _PIECE)), constant_values=_LOWEST)
     tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    summary = _scores(logits, rows, drawn), tokens, logits, jnp.ones_like(logits)
+    scores = jnp.where(tokens < vocab_size, _scores(logits, rows, drawn), -jnp.inf)
+    summary = scores, tokens, logits, jnp.ones_like(logits)
     summary = tuple(part.reshape(part.shape[0], -1, _PIECE) for part in summary)
     for dim in (2, 1):
         summary = jax.lax.reduce(summary, (-np.float32(np.inf), np.int32(0), _LOWEST, np.float32(0)), _merged, (dim,))
@@ -115,7 +117,10 @@ _Summary = tuple[Array, Array, Array, Array]
 
 
 def _merged(one: _Summary, two: _Summary) -> _Summary:
-    """The summary of two sets of tokens; a NaN wins, of equal scores the lower token's, as in `jnp.argmax`."""
+    """The summary of two sets of tokens; a NaN wins, of equal scores the lower token's.
+
+    The largest logit of no tokens is finite, so that two of them differ by a number.
+    """
     (score_one, token_one, largest_one, total_one), (score_two, token_two, largest_two, total_two) = one, two
     one_wins = (score_one > score_two) | ((score_one == score_two) & (token_one < token_two)) | jnp.isnan(score_one)
     one_is_larger = largest_one > largest_two

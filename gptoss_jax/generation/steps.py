@@ -120,7 +120,7 @@ def decode(
     """Choose up to `limit` (at most DECODE_BUFFER) tokens per row without leaving the device.
 
     A row stops after a stop id, or when it has none remaining; the loop ends early once all rows have. The stop id
-    itself is among the chosen.
+    itself is among the chosen. That a row stays within the length the cache was made for is up to the caller.
     """
 
     def body(state: _State) -> _State:
@@ -201,7 +201,7 @@ def _after(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
         rows,
         last=last,
         drawn=rows.drawn + chosen.counts,
-        remaining=jnp.where(some & _is_stop(last, stop_ids), 0, rows.remaining - chosen.counts),
+        remaining=jnp.where(some & _is_stop(last, stop_ids), 0, jnp.maximum(rows.remaining - chosen.counts, 0)),
     )
 
 

@@ -63,7 +63,7 @@ class Cache:
     lengths: Any
     """`B`: tokens held so far."""
     max_length: int = dataclasses.field(metadata={"static": True})
-    """The most tokens a row may hold."""
+    """Places for tokens that a row has, in whole pages."""
     max_chunk: int = dataclasses.field(metadata={"static": True})
     """The most tokens one step may add to a row."""
 
@@ -126,7 +126,7 @@ class Cache:
             values=pools(),
             tables={kind: table(widths[kind]) for kind in sorted(set(config.layer_kinds))},
             lengths=zeros("B", (batch,), jnp.int32),
-            max_length=max_length,
+            max_length=all_pages * PAGE_SLOTS,  # in whole pages: lengths of equal shapes share programs
             max_chunk=max_chunk,
         )
 

@@ -209,7 +209,8 @@ def flattened(model: Transformer) -> Any:
     """What to pass for the model to a jitted function that is called many times; inside, it is the model.
 
     To take a Flax module of hundreds of parameters apart costs a millisecond or two at every call; this has done so
-    once. It holds the parameters of the moment it was made, and outside of jit it is good for nothing else.
+    once. It holds the parameters of the moment it was made. Outside of jit it is good for nothing else: what maps over
+    its arrays gets the model back.
     """
     return _Flattened(model)
 
@@ -232,8 +233,9 @@ def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
     In place, a layer at a time, so that device memory holds one layer's experts twice and no more; the arrays that
-    held the published order are deleted. Nothing changes on a platform whose kernels read the published order, for
-    float32 models, which the kernels do not multiply, and, with a warning, for weights that the kernels cannot take.
+    held the published order are deleted. Nothing changes on a platform whose kernels read the published order, and for
+    float32 models, which the kernels do not multiply. Experts that the kernels cannot take stay as published, with a
+    warning.
     Takes an abstract model too. Do not save a prepared model's parameters: a checkpoint holds the published order.
 
     Raises Unsupported if the model names an implementation that cannot take its weights; then none has changed.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class HeadWeights(NamedTuple):
-    """Weight and bias of some heads, as published."""
+    """Weight and bias of some heads, in the order that weights are published in."""
 
     weight: Any
     """`heads H D`"""

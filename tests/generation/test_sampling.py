@@ -111,3 +111,14 @@ def test_settings_out_of_range_are_refused(setting, legal):
     with pytest.raises(SamplingError) as refused:
         Sampling(**setting)
     assert str(refused.value) == f"{name} is {value}: sampling: choose {legal}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e38])
+def test_padding_is_never_chosen(temperature):
+    """The vocabulary is no multiple of the pieces it is reduced in, and its logits are lower than any padding."""
+    logits = jnp.stack([jnp.full(130, -jnp.inf), jnp.zeros(130)])
+    rows = SamplingRows.of([Sampling(temperature=temperature, seed=seed) for seed in range(2)])
+    for drawn in range(20):
+        token, _ = sample(logits, rows, jnp.full(2, drawn))
+        assert token[0] == 0
+        assert token[1] < 130

@@ -91,6 +91,7 @@ def test_weights_that_no_kernel_takes_stay_as_published_with_a_warning(monkeypat
         dispatch._warn_once.cache_clear()
         prepare(model)
         assert all(published(model))
+        assert all(len(layer.attention.heads) == 1 for layer in model.layers)  # joined in any case
         assert words in caplog.text
 
 
