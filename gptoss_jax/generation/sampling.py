@@ -100,11 +100,9 @@ def sample(
 
     `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key.
     """
-    vocab_size = logits.shape[1]
-    logits = jnp.pad(logits, ((0, 0), (0, -vocab_size % _PIECE)), constant_values=_LOWEST)
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _PIECE)), constant_values=-jnp.inf)
     tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    scores = jnp.where(tokens < vocab_size, _scores(logits, rows, drawn), -jnp.inf)
-    summary = scores, tokens, logits, jnp.ones_like(logits)
+    summary = _scores(logits, rows, drawn), tokens, jnp.maximum(logits, _LOWEST), jnp.ones_like(logits)
     summary = tuple(part.reshape(part.shape[0], -1, _PIECE) for part in summary)
     for dim in (2, 1):
         summary = jax.lax.reduce(summary, (-np.float32(np.inf), np.int32(0), _LOWEST, np.float32(0)), _merged, (dim,))
@@ -119,7 +117,7 @@ _Summary = tuple[Array, Array, Array, Array]
 def _merged(one: _Summary, two: _Summary) -> _Summary:
     """The summary of two sets of tokens; a NaN wins, of equal scores the lower token's.
 
-    The largest logit of no tokens is finite, so that two of them differ by a number.
+    Logits are finite here, so that any two differ by a number.
     """
     (score_one, token_one, largest_one, total_one), (score_two, token_two, largest_two, total_two) = one, two
     one_wins = (score_one > score_two) | ((score_one == score_two) & (token_one < token_two)) | jnp.isnan(score_one)
@@ -142,7 +140,7 @@ def _scores(logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, "
     if rows.method == "cut":
         scaled = jnp.where(_kept(scaled, rows), scaled, -jnp.inf)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, drawn, logits.shape[-1])
-    return jnp.where(random, scaled + noise, logits)
+    return jnp.where(random & (logits > -jnp.inf), scaled + noise, logits)  # -inf stays, whatever the temperature
 
 
 def _gumbel(seed: UInt32[Array, ""], drawn: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:
