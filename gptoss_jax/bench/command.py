@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--steps", type=int, default=plan.steps, metavar="N", help="tokens a dispatch (default: 64)")
     parser.add_argument("--kernels", action="store_true", help="also the kernels alone, over token counts")
+    parser.add_argument("--split", action="store_true", help="also what each stage costs: every row without it")
     parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         plot.check(options.plot)
     limit = None if options.memory_limit_gb is None else memory.hold(options.memory_limit_gb * _GB)
 
+    from gptoss_jax.bench import split
     from gptoss_jax.bench.kernels import TOKEN_COUNTS
     from gptoss_jax.bench.report import Table, surroundings, write
     from gptoss_jax.bench.suite import check, measure
@@ -73,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
         prompts=options.prefill,
         kernel_tokens=TOKEN_COUNTS if options.kernels else (),
         steps=options.steps,
+        split=options.split,
     )
     check(plan, config)
     enable_cache()
@@ -90,11 +93,15 @@ def run(options: argparse.Namespace) -> int:
             table.line(f"left out: {row}")
         else:
             rows.append(row)
-            table.row(row)
+            if row.left_out is None:
+                table.row(row)
         if limit is not None:
             report["memory"] = memory.held(limit)
         if options.json is not None:  # after each row: a run that is cut short leaves what it had
             write(options.json, report, rows)
+    if plan.split:
+        for line in split.table(rows, rates):
+            table.line(line)
     table.line(f"compiling took {sum(row.compile_s or 0 for row in rows):.1f} s")
     if limit is not None:
         sizes = (f"{key.removesuffix('_bytes')} {value / _GB:.2f}" for key, value in report["memory"].items())

@@ -50,7 +50,7 @@ def program_launches(text: str) -> list[Launch]:
     Counted are fusions, custom calls (a call into cuBLAS counts once, though it may split its sum and launch a second
     kernel), copies, collectives, and every other instruction that is no mere view. A loop counts as often as it is
     known to turn, once where that is unknown; its condition counts with it. Of a conditional's branches the one with
-    the fewest launches is taken (greedy decoding takes the cheap ones), and 1 for fetching the predicate.
+    the fewest launches is taken, and 1 for fetching the predicate.
     """
     computations = _parse(text)
     return list(_launches(computations, _entry(text), 1))

@@ -15,3 +15,5 @@ class Plan:
     """Token counts of the kernel rows; none without --kernels."""
     steps: int = 64
     """Tokens a dispatch of decode."""
+    split: bool = False
+    """Measure every decode and prefill row again with one stage left out, for each stage."""

@@ -26,9 +26,13 @@ def check(path: Path) -> None:
 
 
 def draw(path: Path, rows: Sequence[Row], ceilings: Ceilings, *, title: str) -> None:
-    """Write the plot, in the format of the file's ending (see `check`); a second panel shows time over contexts."""
+    """Write the plot, in the format of the file's ending (see `check`); a second panel shows time over contexts.
+
+    Rows that leave a stage out are not in it.
+    """
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row.left_out is None]
     lines = _over_context(rows)
     figure = Figure(figsize=(12 if lines else 7, 5), layout="constrained")
     left, *others = np.atleast_1d(figure.subplots(1, 2 if lines else 1))

@@ -45,6 +45,8 @@ class Row:
     model: str
     phase: Phase
     kernel: str | None
+    left_out: str | None
+    """None but in a row of --split: the stage that this run left out (`split.LeftOut`)."""
     batch: int
     context: int
     ms: float
@@ -80,6 +82,7 @@ class Row:
         context: int,
         num_tokens: int,
         kernel: str | None = None,
+        left_out: str | None = None,
         launches: int | None = None,
         compile_s: float | None = None,
         temporary_bytes: int | None = None,
@@ -92,6 +95,7 @@ class Row:
             model=model,
             phase=phase,
             kernel=kernel,
+            left_out=left_out,
             batch=batch,
             context=context,
             ms=times.median,

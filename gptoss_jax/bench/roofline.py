@@ -6,14 +6,27 @@ that are seen, and the products. Activations, logits and partial sums are not in
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, get_args
 
 from gptoss_jax.config import LayerKind, ModelConfig
 from gptoss_jax.parameters import Parameter, parameters
 
 Number = int | float
+Stage = Literal["qkv", "attention", "output", "router", "experts", "unembedding"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Part = Stage | Literal["everything"]
+"""What a step can leave out: a stage, or all of them."""
 _KV_BYTES = 2  # bfloat16
 _PER_PRODUCT = 2  # a multiplication and an addition
+_PARTS: dict[Stage, tuple[str, ...]] = {
+    "qkv": (".attention_norm.", ".query.", ".key.", ".value."),
+    "attention": (".sinks",),
+    "output": (".output.",),
+    "router": (".experts_norm.", ".router."),
+    "experts": (".experts.",),
+    "unembedding": (".unembedding.", ".norm."),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +38,9 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.bytes - other.bytes, self.flops - other.flops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +60,11 @@ class Ceilings:
         return 1e3 * max(work.bytes / self.read_bytes_per_s, work.flops / self.dense_flops_per_s)
 
 
+def stages(part: Part | None) -> tuple[Stage, ...]:
+    """The stages of what a step leaves out; None leaves nothing out."""
+    return STAGES if part == "everything" else tuple(stage for stage in STAGES if stage == part)
+
+
 def experts_touched(config: ModelConfig, num_tokens: int) -> float:
     """How many experts of a layer are expected to be chosen by at least one token, with uniform routing.
 
@@ -56,24 +77,22 @@ def experts_touched(config: ModelConfig, num_tokens: int) -> float:
     return config.num_experts * (1 - idle**num_tokens)
 
 
-def decode_work(config: ModelConfig, *, batch: int, context: Number) -> Work:
-    """One step: a token for each of `batch` rows that see `context` tokens.
+def decode_work(config: ModelConfig, *, batch: int, context: Number, without: Collection[Stage] = ()) -> Work:
+    """One step: a token for each of `batch` rows that see `context` tokens, stages `without` not counted.
 
     Example:
         >>> from gptoss_jax.config import gpt_oss_20b
         >>> round(decode_work(gpt_oss_20b(), batch=1, context=0).bytes / 1e9, 2)
         3.71
     """
-    return _weights(config, num_tokens=batch, num_logits=batch) + _attention(
-        config, num_rows=batch, held=context, num_new=1
-    )
+    weights = _weights(config, num_tokens=batch, num_logits=batch, without=without)
+    return weights if "attention" in without else weights + _attention(config, num_rows=batch, held=context, num_new=1)
 
 
-def prefill_work(config: ModelConfig, *, num_tokens: int) -> Work:
+def prefill_work(config: ModelConfig, *, num_tokens: int, without: Collection[Stage] = ()) -> Work:
     """A prompt of `num_tokens` read from its beginning, and the logits after its last token."""
-    return _weights(config, num_tokens=num_tokens, num_logits=1) + _attention(
-        config, num_rows=1, held=0, num_new=num_tokens
-    )
+    weights = _weights(config, num_tokens=num_tokens, num_logits=1, without=without)
+    return weights if "attention" in without else weights + _attention(config, num_rows=1, held=0, num_new=num_tokens)
 
 
 def experts_work(
@@ -115,12 +134,20 @@ def _attention(config: ModelConfig, *, num_rows: int, held: Number, num_new: int
     return sum(layers, start=Work(0, 0))
 
 
-def _weights(config: ModelConfig, *, num_tokens: int, num_logits: int) -> Work:
-    """Every matrix but the embedding, of which only the tokens' rows are read."""
+def _stage(path: str) -> Stage | None:
+    """Which stage reads a parameter; the embedding belongs to none."""
+    if path == "embedding.weight":
+        return None
+    return next(stage for stage, parts in _PARTS.items() if any(part in f".{path}" for part in parts))
+
+
+def _weights(config: ModelConfig, *, num_tokens: int, num_logits: int, without: Collection[Stage]) -> Work:
+    """Every matrix but the embedding, of which only the tokens' rows are read, and those of stages left out."""
     total = Work(2 * num_tokens * config.hidden_size, 0)
     touched = experts_touched(config, num_tokens)
     for path, parameter in parameters(config).items():
-        if path == "embedding.weight":
+        stage = _stage(path)
+        if stage is None or stage in without:
             continue
         read, uses = 1.0, num_tokens
         if ".experts." in path:

@@ -10,14 +10,14 @@ import numpy as np
 
 from gptoss_jax.bench.launches import count, step_launches
 from gptoss_jax.bench.report import Row
-from gptoss_jax.bench.roofline import Ceilings, decode_work, prefill_work
+from gptoss_jax.bench.roofline import Ceilings, Part, decode_work, prefill_work, stages
 from gptoss_jax.bench.timing import measure
 from gptoss_jax.errors import BenchError, DoesNotFit
 from gptoss_jax.generation.generate import generate, prefill_chunk
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, start
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.model.transformer import Transformer, flattened
 
 _NEVER = np.array([-1], np.int32)  # no id, so no row stops
 _ENDLESS = np.int32(2**30)
@@ -25,24 +25,34 @@ _HEADROOM = 1.02  # the cache is not all that a step needs
 
 
 def decode_row(
-    model: Transformer, name: str, ceilings: Ceilings, *, batch: int, context: int, steps: int, seed: int = 0
+    model: Transformer,
+    name: str,
+    ceilings: Ceilings,
+    *,
+    batch: int,
+    context: int,
+    steps: int,
+    seed: int = 0,
+    left_out: Part | None = None,
 ) -> Row:
     """Milliseconds a step of greedy decoding, over dispatches of `steps` tokens a row that no row ends.
 
     Every dispatch begins with `context` tokens held (fewer if the model's context would not hold `steps` more):
-    random keys and values made on the device, not read from a prompt. Each row begins with a random token. Raises
-    DoesNotFit for a cache that is too large, BenchError for log-probabilities that are no numbers.
+    random keys and values made on the device, not read from a prompt. Each row begins with a random token. `left_out`
+    is what the model leaves out already (`stand_ins.without`): it is not in the row's work. Raises DoesNotFit for a
+    cache that is too large, BenchError for log-probabilities that are no numbers.
     """
-    held = min(context, model.config.max_context - steps)
+    held = _held(model, context, steps)
     cache = random_cache(model, batch=batch, room=held + steps, seed=seed)
     lengths = np.full((batch,), held, np.int32)
+    passed = flattened(model)
     rows, shardings = _first_rows(model, batch, seed)
 
     def fresh_rows() -> Any:
         return jax.tree.map(jax.device_put, rows, shardings)
 
     began = time.perf_counter()
-    compiled = decode.lower(model, with_lengths(cache, lengths), fresh_rows(), _NEVER, steps).compile()
+    compiled = decode.lower(passed, with_lengths(cache, lengths), fresh_rows(), _NEVER, steps).compile()
     compile_s = time.perf_counter() - began
 
     def ready() -> tuple[Any, Cache]:
@@ -50,7 +60,7 @@ def decode_row(
 
     def run(state: tuple[Any, Cache]) -> Any:
         nonlocal cache, chosen
-        _, chosen, cache = decode(model, state[1], state[0], _NEVER, steps)
+        _, chosen, cache = decode(passed, state[1], state[0], _NEVER, steps)
         return chosen, cache
 
     chosen: Any = None
@@ -60,12 +70,13 @@ def decode_row(
     return Row.of(
         name,
         "decode",
-        decode_work(model.config, batch=batch, context=held + (steps - 1) / 2),
+        decode_work(model.config, batch=batch, context=held + (steps - 1) / 2, without=stages(left_out)),
         ceilings,
         times,
         batch=batch,
         context=context,
         num_tokens=batch,
+        left_out=left_out,
         launches=count(step_launches(compiled.as_text() or "")) if jax.default_backend() != "cpu" else None,
         compile_s=compile_s,
         temporary_bytes=_temporary_bytes(compiled),
@@ -95,8 +106,28 @@ def prefill_row(model: Transformer, name: str, ceilings: Ceilings, *, num_tokens
     )
 
 
+def lowered_decode(model: Transformer, *, batch: int, context: int, steps: int) -> jax.stages.Lowered:
+    """What `decode_row` will run, ready to be compiled, on any thread: its own compilation then takes no time."""
+    held = _held(model, context, steps)
+    cache = with_lengths(_empty_cache(model, batch=batch, room=held + steps), np.full((batch,), held, np.int32))
+    rows, shardings = _first_rows(model, batch, 0)
+    return decode.lower(flattened(model), cache, jax.tree.map(jax.device_put, rows, shardings), _NEVER, steps)
+
+
+def _held(model: Transformer, context: int, steps: int) -> int:
+    return min(context, model.config.max_context - steps)
+
+
 def random_cache(model: Transformer, *, batch: int, room: int, seed: int) -> Cache:
     """A cache for `room` tokens a row, its pools full of normal values. Raises DoesNotFit if it is too large."""
+    leaves, structure = jax.tree.flatten(_empty_cache(model, batch=batch, room=room))
+    for index, leaf in enumerate(leaves):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):  # in place, one pool at a time: they may be most of the memory
+            leaves[index] = _refill(leaf, jax.random.fold_in(jax.random.key(seed), index), leaf.sharding)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _empty_cache(model: Transformer, *, batch: int, room: int) -> Cache:
 
     def create(mesh: Any) -> Cache:
         return Cache.create(
@@ -116,12 +147,7 @@ def random_cache(model: Transformer, *, batch: int, room: int, seed: int) -> Cac
             where=f"batch {batch} at a context of {room}",
             fix="leave this row out",
         )
-    empty = create(model.mesh)
-    leaves, structure = jax.tree.flatten(empty)
-    for index, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):  # in place, one pool at a time: they may be most of the memory
-            leaves[index] = _refill(leaf, jax.random.fold_in(jax.random.key(seed), index), leaf.sharding)
-    return jax.tree.unflatten(structure, leaves)
+    return create(model.mesh)
 
 
 def _refill(pool: jax.Array, key: jax.Array, sharding: Any) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from gptoss_jax.bench import split
 from gptoss_jax.bench.kernels import attention_row, expert_rows
 from gptoss_jax.bench.plan import Plan
 from gptoss_jax.bench.report import Row
@@ -37,6 +38,8 @@ def check(plan: Plan, config: ModelConfig) -> None:
 def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> Iterator[Row | DoesNotFit]:
     """The rows of a plan as they are measured, kernels first; in place of one that does not fit, why not.
 
+    With `split`, a row is followed by those of the same step with a stage left out.
+
     Raises BenchError for a plan that `check` refuses, or a model whose decoding gives no numbers.
 
     Example:
@@ -54,10 +57,13 @@ def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> It
         for shape in shapes:
             for kind in sorted(set(model.config.layer_kinds)):
                 yield from _fitting(part(attention_row, model, name, ceilings, kind, **shape))
+    if plan.split:
+        split.compile_ahead(model, shapes, plan.prompts, steps=plan.steps)
+    decoding, prefilling = (split.decode_rows, split.prefill_rows) if plan.split else (decode_row, prefill_row)
     for shape in shapes:
-        yield from _fitting(part(decode_row, model, name, ceilings, steps=plan.steps, **shape))
+        yield from _fitting(part(decoding, model, name, ceilings, steps=plan.steps, **shape))
     for num_tokens in plan.prompts:
-        yield from _fitting(part(prefill_row, model, name, ceilings, num_tokens=num_tokens))
+        yield from _fitting(part(prefilling, model, name, ceilings, num_tokens=num_tokens))
 
 
 def _fitting(rows: Callable[[], Any]) -> Iterator[Row | DoesNotFit]:

@@ -1,20 +1,24 @@
 """Ids in, ids out: a batch to its end, or one prompt token by token. Knows no text."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import PromptError, SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import DECODE_BUFFER, Chosen, decode, prefill, start
 from gptoss_jax.harmony.tokens import STOP_IDS
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids
+from gptoss_jax.model.transformer import Transformer, ambient_mesh, check_ids, flattened
+from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import place
 from pallas_kernels.dispatch import platform
 
@@ -141,13 +145,13 @@ class _Run:
         top_logprobs: int,
     ) -> None:
         _check(model, prompts, max_new_tokens, top_logprobs)
-        self._model, self._num_prompts, self._num_top = model, len(prompts), top_logprobs
+        self._model, self._num_prompts, self._num_top = flattened(model), len(prompts), top_logprobs
         self._stop_ids = frozenset(stop_ids)
         lengths = np.array([len(prompt) for prompt in prompts])
         # The last token chosen never enters the cache, so the context has room for one more than it holds.
         allowed = min(max_new_tokens, model.config.max_context)
         remaining = np.minimum(allowed, model.config.max_context - lengths + 1).astype(np.int32)
-        room = min(_round_up(int(np.max(lengths + remaining - 1))), model.config.max_context)
+        room = cache_room(int(np.max(lengths + remaining - 1)), model.config.max_context)
 
         padding = -len(prompts) % model.mesh.shape["data"]
         prompts = [*prompts, *[[]] * padding]
@@ -160,12 +164,12 @@ class _Run:
             dtype=model.dtype,
             mesh=model.mesh,
         )
-        logits, self._cache = _read(model, cache, prompts)
+        logits, self._cache = _read(self._model, cache, prompts, model.mesh)
         # An id outside the vocabulary stops nothing; -1 stands for none, since an empty array is another shape.
         stops = [stop for stop in sorted(self._stop_ids) if 0 <= stop < model.config.vocab_size]
         self._stops = np.array(stops or [-1], np.int32)
         remaining = np.pad(remaining, (0, padding))
-        self._rows, chosen = start(model, logits, remaining, settings, self._stops, num_top=top_logprobs)
+        self._rows, chosen = start(self._model, logits, remaining, settings, self._stops, num_top=top_logprobs)
         self.first = self._tokens(chosen)
 
     def more(self, limit: int) -> list[list[Token]]:
@@ -194,13 +198,45 @@ class _Run:
 
 
 def prefill_chunk(model: Transformer, batch: int) -> int:
-    """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform."""
+    """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform.
+
+    Fewer where a device has little memory beside its part of the weights: what a chunk takes then stays within a
+    sixteenth of the rest, which holds the cache too and what XLA tries products out with when it compiles.
+    """
     with ambient_mesh(model.mesh):
-        return max(_SMALLEST_CHUNK, PREFILL_TOKENS.get(platform(), _FEWER_TOKENS) // batch)
+        tokens = PREFILL_TOKENS.get(platform(), _FEWER_TOKENS)
+    limit = _memory_limit(model.mesh)
+    if limit is not None:
+        devices = model.mesh.shape["expert"] * model.mesh.shape["tensor"]
+        spare = (limit - _weight_bytes(model.config) // devices) // 16
+        while tokens > _FEWER_TOKENS and tokens * _chunk_bytes(model.config) > spare:
+            tokens //= 2
+    return max(_SMALLEST_CHUNK, tokens // batch)
 
 
-def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[jax.Array, Cache]:
-    """Read ragged prompts chunk by chunk; returns the logits after each row's last token.
+def _memory_limit(mesh: Mesh) -> int | None:
+    """What JAX may take of a device's memory; None where the platform does not say, or no device is here."""
+    statistics = [device.memory_stats() or {} for device in mesh.local_devices[:1]]
+    return statistics[0].get("bytes_limit") if statistics else None
+
+
+@functools.cache
+def _weight_bytes(config: ModelConfig) -> int:
+    return sum(parameter.num_bytes for parameter in parameters(config).values())
+
+
+def _chunk_bytes(config: ModelConfig) -> int:
+    """Temporary bytes for each token of a chunk: its rows for its experts, in and between their products, and the
+    float32 product of queries, keys and values."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    rows = config.experts_per_token * (config.hidden_size + config.intermediate_size)
+    return 2 * rows + 4 * heads + 2 * config.hidden_size
+
+
+def _read(
+    model: Any, cache: Cache, prompts: Sequence[Sequence[int] | np.ndarray], mesh: Mesh
+) -> tuple[jax.Array, Cache]:
+    """Read ragged prompts chunk by chunk with a `flattened` model; returns the logits after each row's last token.
 
     Chunks are as long as the cache takes, the last one a power of two: few shapes, so few compilations.
     """
@@ -211,20 +247,25 @@ def _read(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int] | np
     logits = None
     for begin in range(0, tokens.shape[1], cache.max_chunk):
         chunk = tokens[:, begin : begin + cache.max_chunk]
-        size = min(max(_SMALLEST_CHUNK, 1 << (chunk.shape[1] - 1).bit_length()), cache.max_chunk)
+        size = chunk_size(chunk.shape[1], cache.max_chunk)
         chunk = np.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
         counts = np.clip(lengths - begin, 0, size).astype(np.int32)
-        chunk, counts = place((chunk, counts), model.mesh)
+        chunk, counts = place((chunk, counts), mesh)
         new_logits, cache = prefill(model, cache, chunk, counts)
         logits = new_logits if logits is None else jnp.where(counts[:, None] > 0, new_logits, logits)
     assert logits is not None
     return logits, cache
 
 
-def _round_up(length: int) -> int:
+def chunk_size(num_tokens: int, most: int) -> int:
+    """How long the chunk is that reads so many tokens: a power of two, or the most that the cache takes."""
+    return min(max(_SMALLEST_CHUNK, 1 << (num_tokens - 1).bit_length()), most)
+
+
+def cache_room(length: int, most: int) -> int:
     """Round a cache length up to one of four steps per power of two: few shapes, at most a quarter unused."""
     step = max(64, 1 << max(0, length.bit_length() - 3))
-    return -(-length // step) * step
+    return min(-(-length // step) * step, most)
 
 
 def _check(

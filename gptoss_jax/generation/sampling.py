@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptoss_jax.errors import SamplingError
 
+Method = Literal["greedy", "draw", "cut"]
+"""What rows need to choose a token, in order of cost: the best one, random numbers too, or a sorted vocabulary too."""
+
+_METHODS: tuple[Method, ...] = get_args(Method)
 _MAX_SEED = 2**32 - 1
 _MAX_TOP_K = 2**31 - 1
+_LOWEST = np.finfo(np.float32).min
+_PIECE = 512
+"""Tokens reduced together at first; then the pieces are. A CPU adds in order: over all of them that loses digits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,17 +58,26 @@ class Sampling:
             if not holds:
                 raise SamplingError(f"{name} is {getattr(self, name)}", where="sampling", fix=f"choose {legal}")
 
+    @property
+    def method(self) -> Method:
+        """What a row of this sampling needs."""
+        if self.temperature == 0:
+            return "greedy"
+        return "cut" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "draw"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """The sampling of each row of a batch, as arrays of length B: other settings need no new compilation."""
+    """The sampling of each row of a batch, as arrays of length B: only another `method` needs a new compilation."""
 
     temperature: Any
     top_k: Any
     top_p: Any
     min_p: Any
     seed: Any
+    method: Method = dataclasses.field(metadata={"static": True})
+    """What the most demanding row needs, found by `of`; the others get the tokens that they would get by themselves."""
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
@@ -73,22 +89,58 @@ class SamplingRows:
             top_p=np.array([sampling.top_p for sampling in samplings], np.float32),
             min_p=np.array([sampling.min_p for sampling in samplings], np.float32),
             seed=np.array(seeds, np.uint32),
+            method=_METHODS[max((_METHODS.index(sampling.method) for sampling in samplings), default=0)],
         )
 
 
-def sample(logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"]) -> Int[Array, " B"]:
-    """One token per row. `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def sample(
+    logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """One token per row, and the logarithm of the sum of its exponentiated logits: both from one pass over them.
 
-    def draw() -> Int[Array, " B"]:
-        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-        cuts = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
-        kept = jax.lax.cond(jnp.any(cuts), _kept, lambda scaled, _: jnp.ones_like(scaled, bool), scaled, rows)
-        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, drawn, logits.shape[-1])
-        return jnp.argmax(jnp.where(kept, scaled, -jnp.inf) + noise, axis=-1).astype(jnp.int32)
+    `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key.
+    """
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _PIECE)), constant_values=-jnp.inf)
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    summary = _scores(logits, rows, drawn), tokens, jnp.maximum(logits, _LOWEST), jnp.ones_like(logits)
+    summary = tuple(part.reshape(part.shape[0], -1, _PIECE) for part in summary)
+    for dim in (2, 1):
+        summary = jax.lax.reduce(summary, (-np.float32(np.inf), np.int32(0), _LOWEST, np.float32(0)), _merged, (dim,))
+    _, token, largest, total = summary
+    return token, largest + jnp.log(total)
 
-    drawn_tokens = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
-    return jnp.where(rows.temperature > 0, drawn_tokens, greedy)
+
+_Summary = tuple[Array, Array, Array, Array]
+"""Of some tokens: the best score, its token, the largest logit, the sum of exponentials relative to that logit."""
+
+
+def _merged(one: _Summary, two: _Summary) -> _Summary:
+    """The summary of two sets of tokens; a NaN wins, of equal scores the lower token's.
+
+    Logits are finite here, so that any two differ by a number.
+    """
+    (score_one, token_one, largest_one, total_one), (score_two, token_two, largest_two, total_two) = one, two
+    one_wins = (score_one > score_two) | ((score_one == score_two) & (token_one < token_two)) | jnp.isnan(score_one)
+    one_is_larger = largest_one > largest_two
+    scale = jnp.exp(-jnp.abs(largest_one - largest_two))
+    return (
+        jnp.where(one_wins, score_one, score_two),
+        jnp.where(one_wins, token_one, token_two),
+        jnp.maximum(largest_one, largest_two),
+        jnp.where(one_is_larger, total_one + scale * total_two, total_two + scale * total_one),
+    )
+
+
+def _scores(logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """What each row's choice is the largest of. The noise of a token does not depend on how many follow it."""
+    if rows.method == "greedy":
+        return logits
+    random = rows.temperature[:, None] > 0
+    scaled = logits / jnp.where(random, rows.temperature[:, None], 1.0)
+    if rows.method == "cut":
+        scaled = jnp.where(_kept(scaled, rows), scaled, -jnp.inf)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, drawn, logits.shape[-1])
+    return jnp.where(random & (logits > -jnp.inf), scaled + noise, logits)  # -inf stays, whatever the temperature
 
 
 def _gumbel(seed: UInt32[Array, ""], drawn: Int[Array, ""], vocab_size: int) -> Float[Array, " V"]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.errors import CacheError
 from gptoss_jax.generation.sampling import SamplingRows, sample
@@ -49,6 +49,23 @@ class Chosen:
     """`B`."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a turn of `decode`'s loop hands to the next."""
+
+    going: Any
+    """Whether some row may choose one more token."""
+    taken: Any
+    """`B`: the tokens chosen so far; equal in all rows that go on."""
+    allowed: Any
+    """`B`: how many it may choose; once it has stopped, those that it took."""
+    columns: Any
+    """`B steps fields`: the token before, then a column for each that was chosen (see `_unpacked`)."""
+    cache: Cache
+    """Its lengths stay those of the beginning, before `taken`."""
+
+
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill(
     model: Transformer, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, " B"]
@@ -85,8 +102,9 @@ def start(
     with ambient_mesh(model.mesh):
         remaining, sampling = split_rows((remaining, sampling))
         rows = Rows(last=remaining, drawn=jnp.zeros_like(remaining), remaining=remaining, sampling=sampling)
-        chosen = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
-        return _after_choice(rows, chosen, stop_ids), chosen
+        column, _ = per_row(functools.partial(_choose, num_top=num_top))(logits, sampling, rows.drawn)
+        chosen = per_row(_unpacked)(column, (remaining > 0).astype(jnp.int32))
+        return _after(rows, chosen, stop_ids), chosen
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="num_top")
@@ -102,52 +120,68 @@ def decode(
     """Choose up to `limit` (at most DECODE_BUFFER) tokens per row without leaving the device.
 
     A row stops after a stop id, or when it has none remaining; the loop ends early once all rows have. The stop id
-    itself is among the chosen.
+    itself is among the chosen. That a row stays within the length the cache was made for is up to the caller.
     """
-    batch = rows.last.shape[0]
 
-    def buffer(dtype: Any, *tail: int) -> Array:
-        return jnp.zeros((batch, DECODE_BUFFER, *tail), dtype, out_sharding=activation("B"))
-
-    def going(state: tuple[Array, Rows, Chosen, Cache]) -> Array:
-        step, rows, _, _ = state
-        return (step < jnp.minimum(limit, DECODE_BUFFER)) & jnp.any(rows.remaining > 0)
-
-    def body(state: tuple[Array, Rows, Chosen, Cache]) -> tuple[Array, Rows, Chosen, Cache]:
-        step, rows, chosen, cache = state
-        counts = (rows.remaining > 0).astype(jnp.int32)
-        hidden, cache = model.advance(rows.last[:, None], counts, cache)
+    def body(state: _State) -> _State:
+        # XLA merges kernels that share an array, not those that share scalars, and all this is scalars for one row: so
+        # these two are one array, which the barrier keeps from being taken apart before the loop.
+        (lengths, drawn), taken = jax.lax.optimization_barrier((fixed, state.taken))
+        step, active = jnp.max(taken), (taken < state.allowed).astype(jnp.int32)
+        tokens = jax.lax.dynamic_index_in_dim(state.columns, step, axis=1, keepdims=False)[:, :1]
+        before = dataclasses.replace(state.cache, lengths=lengths + taken)
+        hidden, after = model.advance(split_rows(tokens), active, before)
         logits = model.logits(hidden)[:, 0]
-        new = per_row(functools.partial(_choose, num_top=num_top))(logits, rows)
-        return step + 1, _after_choice(rows, new, stop_ids), _write(chosen, new, step), cache
+        column, token = per_row(functools.partial(_choose, num_top=num_top))(logits, rows.sampling, drawn + taken)
+        taken += active
+        allowed = jnp.where(_is_stop(token, stop_ids), taken, state.allowed)
+        return _State(
+            going=jnp.any(taken < allowed),
+            taken=taken,
+            allowed=allowed,
+            columns=jax.lax.dynamic_update_slice_in_dim(state.columns, column, step + 1, axis=1),
+            cache=dataclasses.replace(after, lengths=cache.lengths),
+        )
 
     with ambient_mesh(model.mesh):
-        chosen = Chosen(
-            ids=buffer(jnp.int32),
-            logprobs=buffer(jnp.float32),
-            top_ids=buffer(jnp.int32, num_top),
-            top_logprobs=buffer(jnp.float32, num_top),
-            counts=jnp.zeros_like(rows.drawn),
-        )
-        _, rows, chosen, cache = jax.lax.while_loop(going, body, (jnp.int32(0), rows, chosen, cache))
-        return rows, chosen, cache
+        fixed = jnp.stack([cache.lengths, rows.drawn])
+        shape = rows.last.shape[0], 1 + DECODE_BUFFER, 2 * (1 + num_top)
+        columns = jnp.zeros(shape, jnp.int32, out_sharding=activation("B")).at[:, 0, 0].set(rows.last)
+        allowed = jnp.minimum(rows.remaining, jnp.minimum(limit, DECODE_BUFFER))
+        state = _State(jnp.any(allowed > 0), jnp.zeros_like(allowed), allowed, columns, cache)
+        state = jax.lax.while_loop(lambda state: state.going, body, state)
+        chosen = per_row(_unpacked)(state.columns[:, 1:], state.taken)
+        cache = dataclasses.replace(state.cache, lengths=cache.lengths + state.taken)
+        return _after(rows, chosen, stop_ids), chosen, cache
 
 
 def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
     return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
 
 
-def _choose(logits: Float[Array, "B V"], rows: Rows, *, num_top: int) -> Chosen:
-    """One column of chosen tokens."""
-    token = sample(logits, rows.sampling, rows.drawn)[:, None]
-    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+def _choose(
+    logits: Float[Array, "B V"], sampling: SamplingRows, drawn: Int[Array, " B"], *, num_top: int
+) -> tuple[Int[Array, "B 1 fields"], Int[Array, " B"]]:
+    """One more token a row, as the column that `_unpacked` reads and by itself."""
+    token, log_total = sample(logits, sampling, drawn)
     top_logits, top_ids = _best(logits, num_top)
+    ids = jnp.concatenate([token[:, None], top_ids], axis=1)
+    logprobs = jnp.concatenate([jnp.take_along_axis(logits, token[:, None], axis=1), top_logits], axis=1)
+    logprobs -= log_total[:, None]
+    column = jnp.concatenate([ids, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=1)
+    return column[:, None], token
+
+
+def _unpacked(columns: Int[Array, "B steps fields"], counts: Int[Array, " B"]) -> Chosen:
+    """What was chosen, from columns that hold ids, then the bits of log-probabilities: in each, the token's first."""
+    ids, logprobs = jnp.split(columns, 2, axis=-1)
+    logprobs = jax.lax.bitcast_convert_type(logprobs, jnp.float32)
     return Chosen(
-        ids=token,
-        logprobs=jnp.take_along_axis(logits, token, axis=1) - log_total,
-        top_ids=top_ids[:, None],
-        top_logprobs=(top_logits - log_total)[:, None],
-        counts=(rows.remaining > 0).astype(jnp.int32),
+        ids=ids[..., 0],
+        logprobs=logprobs[..., 0],
+        top_ids=ids[..., 1:],
+        top_logprobs=logprobs[..., 1:],
+        counts=counts,
     )
 
 
@@ -159,25 +193,21 @@ def _best(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B top"
     return best, ids
 
 
-def _write(chosen: Chosen, new: Chosen, step: Int[Array, ""]) -> Chosen:
-    """Put one new column in its place."""
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
-    return Chosen(
-        ids=put(chosen.ids, new.ids),
-        logprobs=put(chosen.logprobs, new.logprobs),
-        top_ids=put(chosen.top_ids, new.top_ids),
-        top_logprobs=put(chosen.top_logprobs, new.top_logprobs),
-        counts=chosen.counts + new.counts,
-    )
-
-
-def _after_choice(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
-    """The rows once one more column has been chosen; rows that had stopped stay as they were."""
-    active, token = rows.remaining > 0, chosen.ids[:, 0]
-    stopped = jnp.any(chosen.ids == stop_ids, axis=1)
+def _after(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
+    """The rows once these tokens have been chosen; those that had stopped stay as they were."""
+    some = chosen.counts > 0
+    last = jnp.where(some, per_row(_newest)(chosen.ids, chosen.counts), rows.last)
     return dataclasses.replace(
         rows,
-        last=jnp.where(active, token, rows.last),
-        drawn=rows.drawn + active.astype(jnp.int32),
-        remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
+        last=last,
+        drawn=rows.drawn + chosen.counts,
+        remaining=jnp.where(some & _is_stop(last, stop_ids), 0, jnp.maximum(rows.remaining - chosen.counts, 0)),
     )
+
+
+def _newest(ids: Int[Array, "B steps"], counts: Int[Array, " B"]) -> Int[Array, " B"]:
+    return jnp.take_along_axis(ids, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+
+
+def _is_stop(tokens: Int[Array, " B"], stop_ids: Int[Array, " stops"]) -> Bool[Array, " B"]:
+    return jnp.any(tokens == stop_ids[:, None], axis=0)

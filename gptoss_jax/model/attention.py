@@ -13,7 +13,7 @@ from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, p
 from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.projections import project_to_cache
+from pallas_kernels.projections import HeadWeights, joined, joins, project_to_cache
 
 
 class Attention(nnx.Module):
@@ -26,6 +26,28 @@ class Attention(nnx.Module):
         self.value = HeadProjection("K", config.num_kv_heads, head_dim, width, dtype=dtype, rngs=rngs)
         self.sinks = parameter(rngs, "N", (config.num_heads,), dtype=dtype)
         self.output = OutputProjection(width, config.num_heads, head_dim, dtype=dtype, rngs=rngs)
+
+    @property
+    def heads(self) -> tuple[HeadWeights, ...]:
+        """The weights of query, key and value heads as the kernels take them: three parts, or one after `prepare`."""
+        parts = (self.joined,) if hasattr(self, "joined") else (self.query, self.key, self.value)
+        return tuple(HeadWeights(part.weight.get_value(), part.bias.get_value()) for part in parts)
+
+    def prepare(self, impl: Impl) -> None:
+        """Join the parts if the backend reads them as one, in place: the parts are freed."""
+        published = self.heads
+        if len(published) == 1 or not joins(impl=impl):
+            return
+        abstract = isinstance(published[0].weight, jax.ShapeDtypeStruct)
+        weights = jax.eval_shape(_joined, *published) if abstract else _joined(*published)
+        if not abstract:
+            jax.block_until_ready(weights)
+            for leaf in jax.tree.leaves(published):
+                leaf.delete()
+        self.joined = self.query
+        self.joined.weight.set_value(weights.weight)
+        self.joined.bias.set_value(weights.bias)
+        del self.query, self.key, self.value
 
     def __call__(
         self,
@@ -40,13 +62,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
         """x with attention over its norm added, and the layer's pools with the new keys and values in them."""
         rows, pool = activation("B"), activation("P K S H")
-        projections = (self.query, self.key, self.value)
         attended, keys, values = jax.shard_map(
             functools.partial(_project_write_attend, eps=norm.eps, impl=impl),
             in_specs=(
                 rows,
                 spec("D", WEIGHT_AXES),
-                tuple(spec(projection.heads, WEIGHT_AXES) for projection in projections),
+                spec("N", WEIGHT_AXES),
                 rows,
                 pool,
                 pool,
@@ -58,7 +79,7 @@ class Attention(nnx.Module):
         )(
             x,
             norm.scale[...],
-            tuple((projection.weight[...], projection.bias[...]) for projection in projections),
+            self.heads,
             rotation,
             keys,
             values,
@@ -71,7 +92,7 @@ class Attention(nnx.Module):
 def _project_write_attend(
     x: Float[Array, "B T D"],
     norm_scale: Float[Array, " D"],
-    projections: tuple[tuple[Array, Array], ...],
+    heads: tuple[HeadWeights, ...],
     rotation: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
@@ -81,13 +102,27 @@ def _project_write_attend(
     eps: float,
     impl: Impl,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
-    (query, query_bias), (key, key_bias), (value, value_bias) = projections
     batch, num_tokens, width = x.shape
     cos, sin = (table.reshape(batch * num_tokens, -1) for table in rotation)
     queries, keys, values = project_to_cache(
-        x.reshape(-1, width), norm_scale, query, query_bias, key, key_bias, value, value_bias, cos, sin,
-        keys, values, step.pages.reshape(-1), step.slots.reshape(-1), eps=eps, impl=impl,
-    )  # fmt: skip
+        x.reshape(-1, width),
+        norm_scale,
+        heads,
+        (cos, sin),
+        keys,
+        values,
+        step.pages.reshape(-1),
+        step.slots.reshape(-1),
+        eps=eps,
+        impl=impl,
+    )
     queries = queries.reshape(batch, num_tokens, *queries.shape[1:])
     attended = attention(queries, keys, values, step.table, step.first, step.last, sinks, window=step.window, impl=impl)
     return attended, keys, values
+
+
+@jax.jit
+def _joined(*parts: HeadWeights) -> HeadWeights:
+    """One part of all heads; each device joins its own, so that they stay where they are."""
+    heads = spec("N", WEIGHT_AXES)
+    return jax.shard_map(joined, in_specs=heads, out_specs=heads, check_vma=False)(*parts)

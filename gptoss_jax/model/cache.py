@@ -63,6 +63,8 @@ class Cache:
     """Per layer kind `B pages`: the page numbers of each row, counted within the row's own data shard."""
     lengths: Any
     """`B`: tokens held so far."""
+    max_length: int = dataclasses.field(metadata={"static": True})
+    """Places for tokens that a row has, in whole pages."""
     max_chunk: int = dataclasses.field(metadata={"static": True})
     """The most tokens one step may add to a row."""
 
@@ -127,6 +129,7 @@ class Cache:
             values=pools(),
             tables={kind: table(widths[kind]) for kind in sorted(set(config.layer_kinds))},
             lengths=zeros("B", (batch,), jnp.int32),
+            max_length=all_pages * PAGE_SLOTS,  # in whole pages: lengths of equal shapes share programs
             max_chunk=max_chunk,
         )
 
@@ -147,19 +150,24 @@ class Cache:
         slots_per_page = pool.shape[2]
 
         def plan(table: Int[Array, "B pages"], lengths: Int[Array, " B"], counts: Int[Array, " B"]) -> Step:
-            width = table.shape[1]
+            width, ring = table.shape[1], table
             offset = jnp.arange(num_tokens, dtype=jnp.int32)
             position = lengths[:, None] + offset
             is_token = offset < counts[:, None]
-            page = jnp.take_along_axis(table, (position // slots_per_page) % width, axis=1)
-            last_page = jnp.maximum(lengths + counts - 1, 0) // slots_per_page
-            base_page = jnp.maximum(last_page - width + 1, 0)
-            entries = (base_page[:, None] + jnp.arange(width, dtype=jnp.int32)) % width
-            base = base_page[:, None] * slots_per_page
+            # No number here is negative: `div` and `rem` then do what `//` and `%` do, in fewer operations.
+            entry, slot = jax.lax.div(position, slots_per_page), jax.lax.rem(position, slots_per_page)
+            base = 0
+            if width * slots_per_page < self.max_length:  # else a row never comes round, its ring is in order
+                entry = jax.lax.rem(entry, width)
+                last_page = jax.lax.div(jnp.maximum(lengths + counts - 1, 0), slots_per_page)
+                base_page = jnp.maximum(last_page - width + 1, 0)[:, None]
+                order = jax.lax.rem(base_page + jnp.arange(width, dtype=jnp.int32), width)
+                base, table = base_page * slots_per_page, jnp.take_along_axis(ring, order, axis=1)
+            page = jnp.take_along_axis(ring, entry, axis=1)
             return Step(
                 pages=jnp.where(is_token, page, pool.shape[0]),
-                slots=position % slots_per_page,
-                table=jnp.take_along_axis(table, entries, axis=1),
+                slots=slot,
+                table=table,
                 first=jnp.maximum(position - window + 1, 0) - base,
                 last=jnp.where(is_token, position - base, -1),
                 window=window,

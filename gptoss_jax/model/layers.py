@@ -43,7 +43,6 @@ class HeadProjection(nnx.Module):
     """Weight and bias from model width to heads, stored [out, in] as published, out split into heads."""
 
     def __init__(self, heads: str, num_heads: int, head_dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.heads = heads
         self.weight = parameter(rngs, f"{heads} H D", (num_heads, head_dim, width), dtype=dtype)
         self.bias = parameter(rngs, f"{heads} H", (num_heads, head_dim), dtype=dtype)
 

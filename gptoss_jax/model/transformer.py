@@ -209,14 +209,38 @@ def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
     return nnx.merge(structure, nnx.from_flat_state(filled))
 
 
+def flattened(model: Transformer) -> Any:
+    """What to pass for the model to a jitted function that is called many times; inside, it is the model.
+
+    To take a Flax module of hundreds of parameters apart costs a millisecond or two at every call; this has done so
+    once. It holds the parameters of the moment it was made. Outside of jit it is good for nothing else: what maps over
+    its arrays gets the model back.
+    """
+    return _Flattened(model)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Flattened:
+    def __init__(self, model: Transformer) -> None:
+        leaves, self._structure = jax.tree.flatten(model)
+        self._leaves = tuple(leaves)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        return self._leaves, self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Sequence[Any]) -> Transformer:
+        return jax.tree.unflatten(structure, leaves)
+
+
 def prepare(model: Transformer) -> Transformer:
     """Put the weights in the order that the platform's kernels read them; `build` and `gptoss_jax.load` have done so.
 
     In place, a layer at a time, so that device memory holds one layer's experts twice and no more (on a TPU the
     embedding too, which is laid out anew); the arrays that held the published order are deleted. Nothing changes on a
-    platform whose kernels read the published order, for float32 models, which the kernels do not multiply, and, with a
-    warning, for weights that the kernels cannot take. Takes an abstract model too. Do not save a prepared model's
-    parameters: a checkpoint holds the published order.
+    platform whose kernels read the published order, and for float32 models, which the kernels do not multiply. Experts
+    that the kernels cannot take stay as published, with a warning. Takes an abstract model too. Do not save a prepared
+    model's parameters: a checkpoint holds the published order.
 
     Raises Unsupported if the model names an implementation that cannot take its weights; then none has changed.
     """
@@ -224,10 +248,12 @@ def prepare(model: Transformer) -> Transformer:
         return model
     with jax.set_mesh(model.mesh):
         if all(layer.experts.preparable(model.config.experts_per_token, model.impl) for layer in model.layers):
-            for layer in model.layers:
+            for layer in model.layers:  # before the heads: arrays of equal sizes fill the holes that they leave
                 layer.experts.prepare(model.impl)
         if platform() == "tpu":
             model.embedding.prepare()
+        for layer in model.layers:
+            layer.attention.prepare(model.impl)
     return model
 
 

@@ -1,6 +1,6 @@
 """The rest of a layer: projections with the norm before and the cache or the residual after them, and the router."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
 from pallas_kernels.projections import hopper, reference
+from pallas_kernels.projections.weights import HeadWeights, joined
 
-__all__ = ["output", "project_to_cache", "route", "unembed"]
+__all__ = ["HeadWeights", "joined", "joins", "output", "project_to_cache", "route", "unembed"]
 
 
 def _backends(
@@ -31,19 +32,19 @@ BACKENDS = {
     "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED, "eps", "experts_per_token", "tiles"),
     "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED, "eps", "tiles"),
 }
+JOINS = {"reference": lambda: False, "cpu": lambda: False, "hopper": lambda: True, "tpu": lambda: False}
+
+
+def joins(*, impl: Impl = "auto") -> bool:
+    """Whether the implementation reads the weights of all heads as one part: then `joined` is worth its copy."""
+    return choose("project_to_cache", JOINS, impl)()
 
 
 def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
-    query_weight: Float[Array, "N H D"],
-    query_bias: Float[Array, "N H"],
-    key_weight: Float[Array, "K H D"],
-    key_bias: Float[Array, "K H"],
-    value_weight: Float[Array, "K H D"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    heads: Sequence[HeadWeights],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
@@ -54,31 +55,34 @@ def project_to_cache(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """RMSNorm, then queries, keys and values; returns the queries, and the pools with the new keys and values in them.
 
-    A token's go to slot `slots[t]` of page `pages[t]`; a page number at or past P means nowhere. No two tokens may go
-    to one place, and no number is negative. Kernels write in place where the pools passed in are not used again.
-    Where a pool is wider than the heads, zeros fill the rest.
+    `heads` are the query heads, the key heads and the value heads, in this order: as three parts, say, as published, or
+    as one, which Hopper's kernels read (more are joined in each call, a copy: `joined` does it once). The pools say how
+    many heads are keys and values.
+
+    A token's keys and values go to slot `slots[t]` of page `pages[t]`; a page number at or past P means nowhere. No two
+    tokens may go to one place, and no number is negative. Where a pool is wider than the heads, zeros fill the rest.
+    Kernels write in place where the pools passed in are not used again.
 
     The norm is computed in float32 and rounded once to x's dtype. Products accumulate in float32, the bias is added
-    in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `cos` and
-    `sin`, both rounded to x's dtype first, every operation in that dtype. Local arrays: call inside shard_map.
+    in float32, the sum is rounded to x's dtype; then dim i of queries and keys turns against dim i + H/2 by `rotation`,
+    cosines and sines, both rounded to x's dtype first, every operation in that dtype. Local arrays: call inside
+    shard_map.
 
     Raises Unsupported if the named implementation cannot run these arguments.
 
     Example:
         >>> import jax.numpy as jnp
         >>> x, scale, angles = jnp.ones((3, 8)), jnp.ones(8), jnp.ones((3, 2))
-        >>> query, kv, bias, kv_bias = jnp.ones((6, 4, 8)), jnp.ones((2, 4, 8)), jnp.ones((6, 4)), jnp.ones((2, 4))
-        >>> args = (x, scale, query, bias, kv, kv_bias, kv, kv_bias, angles, angles)
+        >>> heads = HeadWeights(jnp.ones((6 + 2 + 2, 4, 8)), jnp.ones((6 + 2 + 2, 4)))
         >>> pool, pages, slots = jnp.zeros((5, 2, 7, 4)), jnp.array([4, 0, 5]), jnp.array([6, 0, 1])
         >>> queries, _, values = project_to_cache(
-        ...     *args, pool, pool, pages, slots, eps=1e-5, impl="reference"
+        ...     x, scale, [heads], (angles, angles), pool, pool, pages, slots, eps=1e-5, impl="reference"
         ... )
         >>> queries.shape, [round(values[place].sum().item()) for place in ((4, 0, 6), (0, 1, 0), slice(None))]
         ((3, 6, 4), [36, 36, 144])
     """
     run = choose("project_to_cache", BACKENDS["project_to_cache"], impl)
-    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    return run(x, norm_scale, *weights, cos, sin, keys, values, pages, slots, eps=eps)
+    return run(x, norm_scale, heads, rotation, keys, values, pages, slots, eps=eps)
 
 
 def output(

@@ -25,11 +25,8 @@ _WARPGROUPS = 2
 
 def append(
     product: Float[Array, "T out"],
-    query_bias: Float[Array, "N H"],
-    key_bias: Float[Array, "K H"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    bias: Float[Array, "heads H"],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
@@ -39,9 +36,9 @@ def append(
 
     Arguments are checked by the caller.
     """
-    num_tokens, num_heads, num_kv_heads = product.shape[0], query_bias.shape[0], key_bias.shape[0]
-    num_pages, _, num_slots, _ = keys.shape
-    all_heads = num_heads + 2 * num_kv_heads
+    num_tokens, all_heads = product.shape[0], bias.shape[0]
+    num_pages, num_kv_heads, num_slots, _ = keys.shape
+    num_heads = all_heads - 2 * num_kv_heads
     heads_per_thread = max(count for count in range(1, _MOST_HEADS + 1) if all_heads % count == 0)
     head_step = all_heads // heads_per_thread
     threads_per_token = head_step * _QUADS
@@ -49,9 +46,7 @@ def append(
 
     def run(ctx, *refs) -> tuple[()]:
         del ctx
-        product, query_bias, key_bias, value_bias, cos, sin, pages, slots, keys, values, queries = map(
-            code.address, refs
-        )
+        product, bias, cos, sin, pages, slots, keys, values, queries = map(code.address, refs)
         places = Places(num_heads, num_kv_heads, num_pages, num_slots, queries, keys, values, pages, slots)
         item = code.plus(code.times(code.block_index(), num_threads), Thread.current().index)
         # The threads left over in the last block repeat the last item, bit for bit.
@@ -74,10 +69,9 @@ def append(
 
         for head, halves in zip(heads, loaded, strict=True):
             place = places.locate(head)
-            bias = place.pick(query_bias, key_bias, value_bias)
-            bias = code.moved(bias, code.times(code.plus(code.times(place.head, HEAD_DIM), dim), 2))
+            column = code.moved(bias, code.times(code.plus(code.times(head, HEAD_DIM), dim), 2))
             ones, twos = (
-                _biased(floats, code.load_global_pair(code.moved(bias, code.constant(offset))))
+                _biased(floats, code.load_global_pair(code.moved(column, code.constant(offset))))
                 for floats, offset in zip(halves, (0, HEAD_DIM), strict=True)
             )
             turned = [rotated(*values, place.rotates) for values in zip(ones, twos, cosines, sines, strict=True)]
@@ -102,7 +96,7 @@ def append(
         num_threads=_WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(product, query_bias, key_bias, value_bias, cos, sin, pages, slots, key_pool, value_pool)
+    )(product, bias, *rotation, pages, slots, key_pool, value_pool)
     return queries, jax.freeze(key_pool), jax.freeze(value_pool)
 
 

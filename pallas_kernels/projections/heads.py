@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.projections import thread as code
 from pallas_kernels.projections.norm import SQUARES, Activations, Norm
-from pallas_kernels.projections.places import HEAD_DIM, Place, Places, rotated
+from pallas_kernels.projections.places import HEAD_DIM, Places, rotated
 from pallas_kernels.projections.product import Tiles, multiply, total
 from pallas_kernels.projections.thread import Thread, Value
+from pallas_kernels.projections.weights import HeadWeights
 
 UNITS_PER_HEAD = HEAD_DIM // 8
 
@@ -25,14 +26,8 @@ UNITS_PER_HEAD = HEAD_DIM // 8
 def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
-    query_weight: Float[Array, "N H D"],
-    query_bias: Float[Array, "N H"],
-    key_weight: Float[Array, "K H D"],
-    key_bias: Float[Array, "K H"],
-    value_weight: Float[Array, "K H D"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    heads: HeadWeights,
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
@@ -43,56 +38,52 @@ def project_to_cache(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`; arguments are checked by the caller."""
     num_tokens, width = x.shape
-    num_heads, num_kv_heads = query_weight.shape[0], key_weight.shape[0]
-    num_pages, _, num_slots, _ = keys.shape
-    num_blocks = (num_heads + 2 * num_kv_heads) * UNITS_PER_HEAD // tiles.units
+    num_pages, num_kv_heads, num_slots, _ = keys.shape
+    all_heads = heads.weight.shape[0]
+    num_heads = all_heads - 2 * num_kv_heads
+    num_blocks = all_heads * UNITS_PER_HEAD // tiles.units
     num_pairs = tiles.rows // 2
     num_items, num_threads = num_tokens * num_pairs, 32 * tiles.warps
 
     def run(ctx, *refs) -> tuple[()]:
         del ctx
-        pointers = [code.address(ref) for ref in refs[:15]]
-        parts, squares, scale, extras, rows = (code.shared_address(ref) for ref in refs[15:])
-        x, norm_scale, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias = pointers[:8]
-        cos, sin, pages, slots, keys, values, queries = pointers[8:]
+        pointers = [code.address(ref) for ref in refs[:11]]
+        parts, squares, scale, extras, rows = (code.shared_address(ref) for ref in refs[11:])
+        x, norm_scale, weight, bias, cos, sin, pages, slots, keys, values, queries = pointers
         me = Thread.current()
         places = Places(num_heads, num_kv_heads, num_pages, num_slots, queries, keys, values, pages, slots)
         first_unit = code.times(code.block_index(), tiles.units)
 
         def unit_row(unit: int) -> tuple[Value, int]:
             index = code.plus(first_unit, unit)
-            place = places.locate(code.shifted(index, 3))
-            quad = code.times(arith.andi(index, code.constant(7)), 4)
+            head, quad = code.shifted(index, 3), code.times(arith.andi(index, code.constant(7)), 4)
             within = code.plus(
                 arith.andi(me.group, code.constant(3)), code.times(code.shifted(me.group, 2), HEAD_DIM // 2)
             )
-            row = code.plus(code.plus(code.times(place.head, HEAD_DIM), quad), within)
-            weight = place.pick(query_weight, key_weight, value_weight)
+            row = code.plus(code.plus(code.times(head, HEAD_DIM), quad), within)
             return code.moved(weight, code.times(row, 2 * width)), 0
 
-        def item(turn: Value) -> tuple[Value, Value, Value, Value, Place, Value]:
+        def item(turn: Value) -> tuple[Value, Value, Value, Value, Value, Value]:
             """Turn's item of this thread: which, its token, its pair in the block, whether it exists, head, dim."""
             index = code.plus(me.index, code.times(turn, num_threads))
             token, pair = arith.divui(index, code.constant(num_pairs)), arith.remui(index, code.constant(num_pairs))
             unit = code.plus(first_unit, code.shifted(pair, 2))
-            place = places.locate(code.shifted(unit, 3))
             dim = code.plus(code.times(arith.andi(unit, code.constant(7)), 4), arith.andi(pair, code.constant(3)))
-            return index, token, pair, code.less(index, num_items), place, dim
+            return index, token, pair, code.less(index, num_items), code.shifted(unit, 3), dim
 
         num_turns = -(-num_items // num_threads)
 
         def stage(turn: Value) -> None:
             """What one of this thread's items needs beside its product, to shared memory: nobody waits for it later."""
-            index, token, _, exists, place, dim = item(turn)
+            index, token, _, exists, head, dim = item(turn)
             with mgpu.utils.when(exists):
-                column = code.plus(code.times(place.head, HEAD_DIM), dim)
-                bias = code.moved(place.pick(query_bias, key_bias, value_bias), code.times(column, 2))
+                column = code.moved(bias, code.times(code.plus(code.times(head, HEAD_DIM), dim), 2))
                 angle = code.times(code.plus(code.times(token, HEAD_DIM // 2), dim), 4)
-                biases = code.load_global_bfloat16(bias), code.load_global_bfloat16(_later(bias, HEAD_DIM))
+                biases = code.load_global_bfloat16(column), code.load_global_bfloat16(_later(column, HEAD_DIM))
                 angles = code.load_global_float(code.moved(cos, angle)), code.load_global_float(code.moved(sin, angle))
                 words = [code.pair(*biases), code.pair(*angles)]
                 code.store_shared_pair(code.plus(extras, code.times(index, 8)), words)
-                code.store_shared_word(code.plus(rows, code.times(index, 4)), places.row(place, token))
+                code.store_shared_word(code.plus(rows, code.times(index, 4)), places.row(places.locate(head), token))
 
         multiply(
             me,
@@ -105,7 +96,8 @@ def project_to_cache(
         )
 
         def finish(turn: Value) -> None:
-            index, token, pair, exists, place, dim = item(turn)
+            index, token, pair, exists, head, dim = item(turn)
+            place = places.locate(head)
             with mgpu.utils.when(exists):
                 row = code.plus(code.times(code.shifted(pair, 2), 8), arith.andi(pair, code.constant(3)))
                 spot = code.plus(code.times(token, tiles.padded_rows), row)
@@ -128,7 +120,6 @@ def project_to_cache(
 
     cluster: dict[str, Any] = {"cluster": (tiles.sharers,), "cluster_names": ("block",)} if tiles.sharers > 1 else {}
     key_pool, value_pool = jax.new_ref(keys), jax.new_ref(values)
-    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     queries = plgpu.kernel(
         project_to_cache_kernel,
         out_type=jax.ShapeDtypeStruct((num_tokens, num_heads, HEAD_DIM), x.dtype),
@@ -145,7 +136,7 @@ def project_to_cache(
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **cluster,
-    )(x, norm_scale, *weights, cos, sin, pages, slots, key_pool, value_pool)
+    )(x, norm_scale, *heads, *rotation, pages, slots, key_pool, value_pool)
     return queries, jax.freeze(key_pool), jax.freeze(value_pool)
 
 

@@ -5,16 +5,20 @@ matrix products, which read the weights once for all tokens just the same, are a
 queries, keys and values is a kernel then too.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
-from pallas_kernels.projections import append, heads, reference, residual, routing, vocabulary
+from pallas_kernels.projections import append, reference, residual, routing, vocabulary
+from pallas_kernels.projections import heads as heads_kernel
 from pallas_kernels.projections.norm import SQUARES
 from pallas_kernels.projections.places import HEAD_DIM
 from pallas_kernels.projections.product import TILE_COLUMNS, UNIT_ROWS, Tiles
 from pallas_kernels.projections.vocabulary import STRIP_ROWS, StreamTiles
+from pallas_kernels.projections.weights import HeadWeights, joined
 
 MAX_TOKENS = 32
 """Most rows of a kernel that multiplies with the weights of queries, keys and values, or of the output."""
@@ -30,14 +34,8 @@ _RESERVED_BYTES = 2048
 def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
-    query_weight: Float[Array, "N H D"],
-    query_bias: Float[Array, "N H"],
-    key_weight: Float[Array, "K H D"],
-    key_bias: Float[Array, "K H"],
-    value_weight: Float[Array, "K H D"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    heads: Sequence[HeadWeights],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
@@ -47,10 +45,11 @@ def project_to_cache(
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`. Beyond MAX_TOKENS the product is XLA's, and `tiles` unused."""
-    (num_tokens, width), head_dim = x.shape, query_weight.shape[1]
-    name = "project_to_cache"
-    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    _check_dtypes(name, x, norm_scale, *weights, keys, values)
+    name, (num_tokens, width) = "project_to_cache", x.shape
+    all_heads = heads[0] if len(heads) == 1 else joined(*heads)
+    num_heads, head_dim, _ = all_heads.weight.shape
+    _check_dtypes(name, x, norm_scale, *all_heads, keys, values)
+    cos, sin = rotation
     _check(name, cos.dtype == sin.dtype == jnp.float32, f"rotations of {cos.dtype} and {sin.dtype}, not float32")
     _check(name, pages.dtype == slots.dtype == jnp.int32, f"pages of {pages.dtype}, slots of {slots.dtype}, not int32")
     _check(name, head_dim == HEAD_DIM, f"heads of {head_dim}, not {HEAD_DIM}")
@@ -58,12 +57,10 @@ def project_to_cache(
     _check(name, num_tokens > 0, "0 tokens, not 1 or more")
     if num_tokens > MAX_TOKENS:
         normed = reference.norm(x, norm_scale, eps=eps)
-        # One product of the weights side by side: XLA joins three products that share an operand in any case.
-        weight = jnp.concatenate([each.reshape(-1, width) for each in (query_weight, key_weight, value_weight)])
-        product = reference.multiply(normed, weight)
-        return append.append(product, query_bias, key_bias, value_bias, cos, sin, keys, values, pages, slots)
+        product = reference.multiply(normed, all_heads.weight.reshape(-1, width))
+        return append.append(product, all_heads.bias, rotation, keys, values, pages, slots)
     _check_sizes(name, num_tokens, width, MAX_TOKENS)
-    num_units = (query_weight.shape[0] + 2 * key_weight.shape[0]) * heads.UNITS_PER_HEAD
+    num_units = num_heads * heads_kernel.UNITS_PER_HEAD
     if tiles is None:
         warps, depth = (12, 2) if num_tokens <= 8 else (8, 3) if num_tokens <= 16 else (8, 2)
         tiles = Tiles(_units(num_units), warps, depth)
@@ -73,7 +70,7 @@ def project_to_cache(
     num_words = tiles.part_floats(num_tokens) + (SQUARES + tiles.rows + tiles.rows // 2) * num_tokens
     _check_shared(name, 4 * num_words + 2 * width)
     places = (keys, values, pages, slots)
-    return heads.project_to_cache(x, norm_scale, *weights, cos, sin, *places, eps=eps, tiles=tiles)
+    return heads_kernel.project_to_cache(x, norm_scale, all_heads, rotation, *places, eps=eps, tiles=tiles)
 
 
 def output(

@@ -1,12 +1,14 @@
 """The projections around a layer's attention and experts in plain JAX: what every kernel is compared with."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import platform
+from pallas_kernels.projections.weights import HeadWeights
 
 
 def norm(x: Float[Array, "T D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "T D"]:
@@ -30,15 +32,10 @@ def multiply(x: Float[Array, "T in"], weight: Float[Array, "out in"]) -> Float[A
 def query_key_value(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
-    query_weight: Float[Array, "N H D"],
-    query_bias: Float[Array, "N H"],
-    key_weight: Float[Array, "K H D"],
-    key_bias: Float[Array, "K H"],
-    value_weight: Float[Array, "K H D"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    heads: Sequence[HeadWeights],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     *,
+    num_kv_heads: int,
     eps: float,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
     """RMSNorm, then the three projections with their biases, queries and keys rotated."""
@@ -50,25 +47,20 @@ def query_key_value(
         return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
     def rotate(heads: Float[Array, "T heads H"]) -> Float[Array, "T heads H"]:
-        narrow_cos, narrow_sin = (table.astype(heads.dtype)[:, None, :] for table in (cos, sin))
+        cos, sin = (table.astype(heads.dtype)[:, None, :] for table in rotation)
         one, two = jnp.split(heads, 2, axis=-1)
-        return jnp.concatenate([one * narrow_cos - two * narrow_sin, two * narrow_cos + one * narrow_sin], axis=-1)
+        return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
 
-    queries, keys = rotate(project(query_weight, query_bias)), rotate(project(key_weight, key_bias))
-    return queries, keys, project(value_weight, value_bias)
+    projected = jnp.concatenate([project(*part) for part in heads], axis=1)
+    queries, keys, values = jnp.split(projected, [-2 * num_kv_heads, -num_kv_heads], axis=1)
+    return rotate(queries), rotate(keys), values
 
 
 def project_to_cache(
     x: Float[Array, "T D"],
     norm_scale: Float[Array, " D"],
-    query_weight: Float[Array, "N H D"],
-    query_bias: Float[Array, "N H"],
-    key_weight: Float[Array, "K H D"],
-    key_bias: Float[Array, "K H"],
-    value_weight: Float[Array, "K H D"],
-    value_bias: Float[Array, "K H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    heads: Sequence[HeadWeights],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
     keys: Float[Array, "P K slots W"],
     values: Float[Array, "P K slots W"],
     pages: Int[Array, " T"],
@@ -77,8 +69,7 @@ def project_to_cache(
     eps: float,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     """See `pallas_kernels.projections.project_to_cache`."""
-    weights = (query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    queries, *new = query_key_value(x, norm_scale, *weights, cos, sin, eps=eps)
+    queries, *new = query_key_value(x, norm_scale, heads, rotation, num_kv_heads=keys.shape[1], eps=eps)
     keys, values = (_write(pool, heads, pages, slots) for pool, heads in zip((keys, values), new, strict=True))
     return queries, keys, values
 

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.errors import PromptError, SamplingError
 from gptoss_jax.generation import generate as generation
 from gptoss_jax.generation.generate import generate, stream
 from gptoss_jax.generation.sampling import Sampling
+from gptoss_jax.model.transformer import abstract
 from gptoss_jax.sharding import make_mesh
 from tests.model.test_transformer import SHARDABLE
 from tests.tiny import TINY, random_model
@@ -167,3 +169,12 @@ def test_bad_prompts_are_refused(tiny_model, prompts, message):
 def test_bad_settings_are_refused(tiny_model, settings, message):
     with pytest.raises(SamplingError, match=message):
         generate(tiny_model, [[1]], **settings)
+
+
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(141, 8192), (16, 1024), (14, 512)])
+def test_prompts_are_read_in_shorter_chunks_where_memory_is_short(monkeypatch, gigabytes, tokens):
+    monkeypatch.setattr(generation, "platform", lambda: "hopper")
+    monkeypatch.setattr(generation, "_memory_limit", lambda _: gigabytes * 10**9)
+    model = abstract(gpt_oss_20b())
+    assert generation.prefill_chunk(model, 1) == tokens
+    assert generation.prefill_chunk(model, 4) == tokens // 4

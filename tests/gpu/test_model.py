@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,17 +14,19 @@ from gptoss_jax.generation.generate import generate
 from gptoss_jax.generation.sampling import Sampling
 from gptoss_jax.generation.steps import prefill
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import abstract, fill, leaves
+from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves, prepare
 
 pytestmark = pytest.mark.gpu
 
 PROMPT_TOKENS = 200
 DECODED_TOKENS = 70
-# Of the logits' standard deviation; as in tests/parity, where the recipe makes 0.05 this share.
-MARGIN = 0.2
+# Of the plain bfloat16 model's error: where the best logit leads by more, rounding hardly ever decides.
+MARGIN = 6
 AGREEMENT = 0.99
-# Of the logits' norm. The plain bfloat16 model on a CPU is 1.6e-2 away from float32 (20b, this seed).
-ERROR = 2e-2
+# As in tests/parity: with small random weights attention is uniform and no activation reaches the clamp, and with large
+# experts all hangs on which of two nearly equal ones rounding makes a token take.
+MULTIPLY = {"query.weight": 2, "sinks": 4}
+SCALE_EXPONENTS = {"gate_up.scales": 1, "down.scales": -3}
 
 
 def wide(config, num_layers: int = 4):
@@ -53,25 +56,52 @@ def test_hopper_logits_are_as_good_as_bfloat16_can_be(config, batch):
     config = wide(config)
     tokens = np.random.default_rng(batch).integers(0, config.vocab_size, (batch, PROMPT_TOKENS + DECODED_TOKENS))
     tokens = tokens.astype(np.int32)
-    found = teacher_forced(random_model(config, seed=5), tokens)
-    expected = np.asarray(rounded_in_float32(config)(tokens))[:, PROMPT_TOKENS - 1 : -1]
+    weights = sharpened(config)
+    expected = logits_of(holding(weights, abstract(config, dtype=jnp.float32, impl="reference")), tokens)
+    plain = logits_of(holding(weights, abstract(config, impl="reference")), tokens)
+    found = teacher_forced(prepare(holding(weights, abstract(config, impl="auto"))), tokens)
 
+    error, plain_error = (median_error(each, expected) for each in (found, plain))
     second, first = np.sort(expected, axis=-1)[..., -2:].transpose(2, 0, 1)
-    counted = first - second > MARGIN * expected.std()
+    counted = first - second > MARGIN * plain_error * expected.std()
     agree = found.argmax(axis=-1) == expected.argmax(axis=-1)
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    figures = f"top-1 {agree[counted].mean():.4f} of {counted.sum()} counted, error {error:.2e}"
-    assert counted.sum() > 15, figures
+    figures = (
+        f"top-1 {agree[counted].mean():.4f} of {counted.sum()}, error {error:.2e} (plain bfloat16: {plain_error:.2e})"
+    )
+    print(f"{config.num_experts} experts, batch {batch}: {figures}")  # noqa: T201
+    assert counted.sum() >= 10, figures
     assert agree[counted].mean() >= AGREEMENT, figures
-    assert error < ERROR, figures
+    assert error < 1.1 * plain_error, figures
 
 
-def rounded_in_float32(config):
-    """The float32 model that holds exactly the bfloat16 model's weights; the reference implementation runs it."""
-    narrow = random_model(config, seed=5, impl="reference")
-    model = abstract(config, dtype=jnp.float32, impl="reference")
-    values = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(narrow))}
-    return fill(model, {path: values[path].astype(leaf.dtype) for path, leaf in leaves(model).items()})
+def median_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Of the logits' norm, over the positions: few of them take other experts because of rounding."""
+    errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return float(np.median(errors))
+
+
+def sharpened(config) -> dict[str, jax.Array]:
+    """Random bfloat16 weights by their paths in the checkpoint."""
+    state = nnx.state(random_model(config, seed=5, impl="reference"))
+    weights = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    for path, weight in weights.items():
+        for suffix, factor in MULTIPLY.items():
+            if path.endswith(suffix):
+                weights[path] = weight * factor
+        for suffix, exponents in SCALE_EXPONENTS.items():
+            if path.endswith(suffix):
+                weights[path] = weight + np.array(exponents).astype(np.uint8)
+    return weights
+
+
+def holding(weights: dict[str, jax.Array], model: Transformer) -> Transformer:
+    """The model with these weights in copies of its own, which `prepare` may free."""
+    return fill(model, {path: jnp.array(weights[path], leaf.dtype) for path, leaf in leaves(model).items()})
+
+
+def logits_of(model: Transformer, tokens: np.ndarray) -> np.ndarray:
+    """The same logits as `teacher_forced`, from one pass without a cache."""
+    return np.asarray(model(tokens))[:, PROMPT_TOKENS - 1 : -1]
 
 
 def test_tokens_do_not_change_from_run_to_run():

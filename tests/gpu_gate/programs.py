@@ -53,8 +53,9 @@ def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     cache = _cache(config, mesh, batch=batch, room=_CONTEXT, chunk=PREFILL_TOKENS["hopper"] // batch)
     stop_ids = _array(mesh, (2,), jnp.int32)
     logits = _array(mesh, (batch, config.vocab_size), jnp.float32)
+    sampling = Sampling(seed=0) if kind == "draw" else Sampling(temperature=0.0)
     settings = jax.tree.map(
-        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([Sampling(seed=0)] * batch)
+        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([sampling] * batch)
     )
     rows, _ = start.eval_shape(model, logits, _array(mesh, (batch,), jnp.int32, "data"), settings, stop_ids)
     rows = jax.tree.map(lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), rows)
@@ -77,7 +78,7 @@ def figures(name: str) -> dict[str, Any]:
 
 
 def _launches(name: str, text: str) -> list[Launch]:
-    return step_launches(text) if name.startswith("decode") else program_launches(text)
+    return program_launches(text) if name.startswith("prefill") else step_launches(text)
 
 
 def _model(config: ModelConfig, mesh: Mesh) -> Transformer:

@@ -35,6 +35,7 @@ def test_prepared_weights_are_packed_in_place(impl, layout, order, axes):
         assert isinstance(layer.experts.weights, order)
         assert before.gate_up.blocks.is_deleted()
         assert before.down_bias.is_deleted()
+        assert [heads.weight.shape[0] for heads in layer.attention.heads] == [TILED.num_heads + 2 * TILED.num_kv_heads]
     found = model.layers[0].experts.weights
     for field in dataclasses.fields(order):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
@@ -108,4 +109,17 @@ def test_weights_that_no_kernel_takes_stay_as_published_with_a_warning(monkeypat
         dispatch._warn_once.cache_clear()
         prepare(model)
         assert all(published(model))
+        assert all(len(layer.attention.heads) == 1 for layer in model.layers)  # joined in any case
         assert words in caplog.text
+
+
+def test_joined_heads_say_the_same_on_every_device():
+    tokens = np.arange(12).reshape(2, 6)
+    expected = random_model(impl="reference")(tokens)
+    model = random_model(mesh=make_mesh(tensor=2), impl="reference")
+    parts = [layer.attention.heads for layer in model.layers]
+    with jax.set_mesh(model.mesh):
+        for layer in model.layers:
+            layer.attention.prepare("hopper")
+    assert all(part.weight.is_deleted() for heads in parts for part in heads)
+    np.testing.assert_allclose(model(tokens), expected, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.projections import hopper, output, project_to_cache, reference, route, unembed
+from pallas_kernels.projections import (
+    HeadWeights,
+    hopper,
+    joined,
+    output,
+    project_to_cache,
+    reference,
+    route,
+    unembed,
+)
 from pallas_kernels.projections.product import Tiles
 
 EPS = 1e-5
@@ -18,16 +27,17 @@ def random(seed: int, *shape: int, scale: float = 1.0, dtype=jnp.bfloat16) -> ja
     return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
 
 
-def heads_case(num_tokens: int, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
-    weights = []
-    for seed, heads in enumerate((N, K, K)):
-        weights += [random(seed, heads, H, D, scale=0.05, dtype=dtype), random(10 + seed, heads, H, dtype=dtype)]
+def heads_case(num_tokens: int, dtype=jnp.bfloat16):
+    heads = [
+        HeadWeights(random(seed, heads, H, D, scale=0.05, dtype=dtype), random(10 + seed, heads, H, dtype=dtype))
+        for seed, heads in enumerate((N, K, K))
+    ]
     angle = random(20, num_tokens, H // 2, dtype=jnp.float32)
     x, scale = random(21, num_tokens, D, scale=3.0, dtype=dtype), random(22, D, dtype=dtype)
-    return x, scale, *weights, jnp.cos(angle), jnp.sin(angle)
+    return x, scale, heads, (jnp.cos(angle), jnp.sin(angle))
 
 
-def cache_case(num_tokens: int, dtype=jnp.bfloat16) -> tuple[jax.Array, ...]:
+def cache_case(num_tokens: int, dtype=jnp.bfloat16):
     """Tokens in places all over the pools, every fifth of them nowhere."""
     num_pages = num_tokens // SLOTS + 2
     places = np.random.default_rng(num_tokens).permutation(num_pages * SLOTS)[:num_tokens]
@@ -73,19 +83,19 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def test_queries_and_keys_are_rotated_and_values_are_not():
-    x, scale, *weights, cos, sin = heads_case(5, jnp.float32)
+    x, scale, parts, rotation = heads_case(5, jnp.float32)
     normed = exact_norm(x, scale)
-    wanted = [exact_heads(normed, *each) for each in zip(weights[::2], weights[1::2], strict=True)]
-    wanted[:2] = [turned(heads, cos, sin) for heads in wanted[:2]]
+    wanted = [exact_heads(normed, *part) for part in parts]
+    wanted[:2] = [turned(heads, *rotation) for heads in wanted[:2]]
     pool, places = jnp.zeros((1, K, 5, H)), jnp.arange(5)
-    queries, *pools = project_to_cache(x, scale, *weights, cos, sin, pool, pool, 0 * places, places, eps=EPS)
+    queries, *pools = project_to_cache(x, scale, parts, rotation, pool, pool, 0 * places, places, eps=EPS)
     for got, want in zip([queries, *(pool[0].swapaxes(0, 1) for pool in pools)], wanted, strict=True):
         np.testing.assert_allclose(exact(got), want, **TOLERANCE)
 
 
 def test_only_the_places_given_change_and_tokens_past_the_pool_go_nowhere():
     *arguments, keys, values, pages, slots = cache_case(13)
-    queries, *new = reference.query_key_value(*arguments, eps=EPS)
+    queries, *new = reference.query_key_value(*arguments, num_kv_heads=K, eps=EPS)
     got, *pools = project_to_cache(*arguments, keys, values, pages, slots, eps=EPS)
     np.testing.assert_array_equal(got, queries)
     for pool, before, heads in zip(pools, (keys, values), new, strict=True):
@@ -95,6 +105,14 @@ def test_only_the_places_given_change_and_tokens_past_the_pool_go_nowhere():
                 want[page, :, slot] = heads[token]
         np.testing.assert_array_equal(pool, want)
     assert (np.asarray(pages) >= len(keys)).sum() == 2
+
+
+def test_joined_parts_give_the_same_heads():
+    x, scale, parts, *rest = cache_case(5, jnp.float32)
+    apart = project_to_cache(x, scale, parts, *rest, eps=EPS)
+    together = project_to_cache(x, scale, [joined(*parts)], *rest, eps=EPS)
+    for one, two in zip(apart, together, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_pools_keep_their_dtype():
@@ -135,14 +153,14 @@ def test_logits_are_float32(num_tokens: int, dtype):
 
 
 def test_bfloat16_is_rounded_after_the_bias_and_after_every_step_of_the_rotation():
-    x, scale, *weights, cos, sin = heads_case(3)
+    x, scale, parts, rotation = heads_case(3)
     normed = jnp.asarray(exact_norm(x, scale), jnp.float32).astype(x.dtype)
-    heads = jnp.asarray(exact_heads(exact(normed), *weights[:2]), jnp.float32).astype(x.dtype)
+    heads = jnp.asarray(exact_heads(exact(normed), *parts[0]), jnp.float32).astype(x.dtype)
     one, two = heads[..., : H // 2], heads[..., H // 2 :]
-    narrow_cos, narrow_sin = (table.astype(x.dtype)[:, None] for table in (cos, sin))
+    narrow_cos, narrow_sin = (table.astype(x.dtype)[:, None] for table in rotation)
     with jax.disable_jit():
         want = jnp.concatenate([one * narrow_cos - two * narrow_sin, two * narrow_cos + one * narrow_sin], axis=-1)
-        got, _, _ = reference.query_key_value(x, scale, *weights, cos, sin, eps=EPS)
+        got, _, _ = reference.query_key_value(x, scale, parts, rotation, num_kv_heads=K, eps=EPS)
     assert (exact(got) != exact(want)).mean() < 0.01  # where float32 and float64 round to different neighbours
 
 
@@ -154,15 +172,15 @@ def test_equal_scores_go_to_the_lower_expert():
     np.testing.assert_allclose(shares, 0.25)
 
 
-def with_pools(arguments: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
+def with_pools(arguments, dtype):
     return *arguments[:-4], *(pool.astype(dtype) for pool in arguments[-4:-2]), *arguments[-2:]
 
 
-def narrow_heads(arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    x, scale, *weights, cos, sin, keys, values, pages, slots = arguments
-    weights = (each[:, : H // 2] for each in weights)
-    angles, pools = (cos[:, : H // 4], sin[:, : H // 4]), (keys[..., : H // 2], values[..., : H // 2])
-    return x, scale, *weights, *angles, *pools, pages, slots
+def narrow_heads(arguments):
+    x, scale, parts, rotation, keys, values, pages, slots = arguments
+    parts = [HeadWeights(*(each[:, : H // 2] for each in part)) for part in parts]
+    rotation = tuple(table[:, : H // 4] for table in rotation)
+    return x, scale, parts, rotation, keys[..., : H // 2], values[..., : H // 2], pages, slots
 
 
 UNSUPPORTED = {

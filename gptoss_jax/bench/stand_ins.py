@@ -1,0 +1,170 @@
+"""Running a model with stages left out: what stands in their places at the doors to the kernels.
+
+A stand-in reads no weights and costs next to nothing, yet leaves the other stages as they were: what they make is still
+used, and nothing they compute is known before the loop begins. The compiler heeds data alone: it drops what it sees
+unused, an optimization barrier or not.
+
+| left out | what stands in | of its own it launches |
+| --- | --- | --- |
+| qkv | queries of zeros; the pools as they were | 1, once a step |
+| attention | the queries | none |
+| output | the residual stream plus the heads' first values | 1 |
+| router | the rows as they are, random experts drawn at tracing, equal shares | 1, once a step |
+| experts | the normed rows times the sum of their shares | none: added to the stream by the same launch as before |
+| unembedding | logits in memory: 1 at a token that bits of the row choose, 0 elsewhere | 1 |
+
+What nobody but a stage reads goes with it: rotations and places in the cache with qkv, the planning of visible keys
+with attention. The tokens chosen go on to differ between rows and steps. Without the router as many experts are touched
+as uniform routing is expected to touch, the same ones at every step.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.bench.roofline import Stage
+from gptoss_jax.errors import BenchError
+from gptoss_jax.model.transformer import Transformer
+from pallas_kernels import attention, experts, projections
+from pallas_kernels.projections import HeadWeights
+
+_MIX = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)  # odd numbers of many bits, as of xxHash's
+
+
+@contextlib.contextmanager
+def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transformer]:
+    """A model with the same arrays whose stages are left out wherever it is traced within this block.
+
+    Its structure says what is left out, so programs of it and of `model` are never taken for each other; once traced
+    it may run outside of the block too. Not for several threads. Raises BenchError for heads split over devices, whose
+    output does not go through the door.
+
+    Example:
+        >>> from gptoss_jax.bench.weights import random_model
+        >>> from gptoss_jax.config import gpt_oss_20b
+        >>> with without(random_model(gpt_oss_20b()), ["attention"]) as variant:  # doctest: +SKIP
+        ...     decode(variant, cache, rows, stop_ids, 64)
+    """
+    if model.mesh.shape["tensor"] > 1:
+        raise BenchError("heads split over devices", where="--split", fix="measure it on a mesh with tensor = 1")
+    variant = nnx.merge(*nnx.split(model))
+    variant.left_out = tuple(sorted(stages))  # pyright: ignore[reportAttributeAccessIssue]  # a part of jit's key
+    tables = {
+        "attention": attention.BACKENDS,
+        "experts": experts.BACKENDS,
+        "qkv": projections.BACKENDS["project_to_cache"],
+        "output": projections.BACKENDS["output"],
+        "router": projections.BACKENDS["route"],
+        "unembedding": projections.BACKENDS["unembed"],
+    }
+    real = {stage: dict(tables[stage]) for stage in stages}
+    try:
+        for stage in stages:
+            tables[stage].update(dict.fromkeys(tables[stage], _stand_in(stage)))
+        yield variant
+    finally:
+        for stage, backends in real.items():
+            tables[stage].update(backends)
+
+
+def _stand_in(stage: Stage) -> Callable[..., Any]:
+    match stage:
+        case "qkv":
+            return _qkv
+        case "attention":
+            return _attention
+        case "output":
+            return _output
+        case "router":
+            return functools.partial(_route, generator=np.random.default_rng(0))
+        case "experts":
+            return _experts
+        case "unembedding":
+            return _unembed
+
+
+def _qkv(
+    x: Float[Array, "T D"],
+    norm_scale: Array,
+    heads: Sequence[HeadWeights],
+    rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
+    pages: Int[Array, " T"],
+    slots: Int[Array, " T"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots H"]]:
+    num_heads = sum(part.weight.shape[0] for part in heads) - 2 * keys.shape[1]
+    return jnp.zeros((x.shape[0], num_heads, heads[0].weight.shape[1]), x.dtype), keys, values
+
+
+def _attention(
+    queries: Float[Array, "B T N H"],
+    keys: Array,
+    values: Array,
+    page_table: Int[Array, "B pages"],
+    first: Int[Array, "B T"],
+    last: Int[Array, "B T"],
+    sinks: Array,
+    *,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    return queries
+
+
+def _output(
+    attended: Float[Array, "T N H"], weight: Array, bias: Array, residual: Float[Array, "T D"]
+) -> Float[Array, "T D"]:
+    width = residual.shape[1]
+    heads = attended.reshape(attended.shape[0], -1)[:, :width]
+    return residual + jnp.pad(heads, ((0, 0), (0, width - heads.shape[1])))
+
+
+def _route(
+    x: Float[Array, "T D"],
+    norm_scale: Array,
+    router_weight: Float[Array, "E D"],
+    router_bias: Array,
+    *,
+    eps: float,
+    experts_per_token: int,
+    generator: np.random.Generator,
+) -> tuple[Float[Array, "T D"], Int[Array, "T A"], Float[Array, "T A"]]:
+    """Constants cost no launch; each layer draws its own when it is traced."""
+    order = generator.random((x.shape[0], router_weight.shape[0])).argsort(axis=1)
+    expert_ids = jnp.asarray(order[:, :experts_per_token].astype(np.int32))
+    shares = jnp.full(expert_ids.shape, 1 / experts_per_token, jnp.float32)
+    return x, expert_ids, shares
+
+
+def _experts(
+    x: Float[Array, "T D"],
+    weights: Any,
+    expert_ids: Int[Array, "T A"],
+    routing: Float[Array, "T A"],
+    *,
+    alpha: float,
+    limit: float,
+) -> Float[Array, "T D"]:
+    chosen = jnp.where(expert_ids >= 0, routing, 0.0)
+    # Term by term: a sum over a dim would be a launch.
+    share = functools.reduce(jnp.add, [chosen[:, index : index + 1] for index in range(chosen.shape[1])])
+    return x * share.astype(x.dtype)
+
+
+def _unembed(
+    x: Float[Array, "T D"], norm_scale: Array, weight: Float[Array, "V D"], *, eps: float
+) -> Float[Array, "T V"]:
+    bits = jax.lax.bitcast_convert_type(x[:, : len(_MIX)].astype(jnp.float32), jnp.uint32)
+    mixed = functools.reduce(jnp.add, [bits[:, index] * jnp.uint32(factor) for index, factor in enumerate(_MIX)])
+    token = ((mixed ^ (mixed >> 15)) % jnp.uint32(weight.shape[0])).astype(jnp.int32)
+    logits = (jnp.arange(weight.shape[0], dtype=jnp.int32) == token[:, None]).astype(jnp.float32)
+    return jax.lax.optimization_barrier(logits)  # in memory like the real ones, for sampling to read them there
