@@ -101,7 +101,7 @@ def _qkv(
     slots: Int[Array, " T"],
     *,
     eps: float,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots H"]]:
+) -> tuple[Float[Array, "T N H"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
     num_heads = sum(part.weight.shape[0] for part in heads) - 2 * keys.shape[1]
     return jnp.zeros((x.shape[0], num_heads, heads[0].weight.shape[1]), x.dtype), keys, values
 
