@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.cache import Step
-from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, parameter
+from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, exchange, parameter
 from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
@@ -38,12 +38,7 @@ class Attention(nnx.Module):
         published = self.heads
         if len(published) == 1 or not joins(impl=impl):
             return
-        abstract = isinstance(published[0].weight, jax.ShapeDtypeStruct)
-        weights = jax.eval_shape(_joined, *published) if abstract else _joined(*published)
-        if not abstract:
-            jax.block_until_ready(weights)
-            for leaf in jax.tree.leaves(published):
-                leaf.delete()
+        weights = exchange(_joined, *published)
         self.joined = self.query
         self.joined.weight.set_value(weights.weight)
         self.joined.bias.set_value(weights.bias)

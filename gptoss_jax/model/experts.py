@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.layers import parameter
+from gptoss_jax.model.layers import exchange, parameter
 from gptoss_jax.sharding import MODEL_AXES, WEIGHT_AXES, activation, spec
 from pallas_kernels.dispatch import Impl
 from pallas_kernels.experts import ExpertWeights, PreparedExperts, experts, preparable, prepare
@@ -68,14 +68,7 @@ class Experts(nnx.Module):
 
     def prepare(self, impl: Impl) -> None:
         """Put preparable weights in the order that the backend reads, in place: the published bytes are freed."""
-        published = self.weights
-        abstract = isinstance(published.down_bias, jax.ShapeDtypeStruct)
-        rearrange = functools.partial(_rearrange, impl=impl)
-        prepared = jax.eval_shape(rearrange, published) if abstract else rearrange(published)
-        if not abstract:
-            jax.block_until_ready(prepared)
-            for leaf in jax.tree.leaves(published):
-                leaf.delete()
+        prepared = exchange(functools.partial(_rearrange, impl=impl), self.weights)
         for linear, blocks, scales, bias in (
             (self.gate_up, prepared.gate_up_words, prepared.gate_up_scales, prepared.gate_up_bias),
             (self.down, prepared.down_words, prepared.down_scales, prepared.down_bias),

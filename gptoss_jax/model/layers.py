@@ -1,5 +1,6 @@
 """The small parts: parameters that know their dims, norms, projections, router, embedding and unembedding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,16 @@ def parameter(
     """A parameter of normal random values, placed by its dims."""
     value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
     return nnx.Param(value, out_sharding=spec(dims, axes))
+
+
+def exchange[T](rearrange: Callable[..., T], *published: Any) -> T:
+    """What a jitted function makes of parameters, which are freed once it is there; of shapes, the shapes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(published)):
+        return jax.eval_shape(rearrange, *published)
+    made = jax.block_until_ready(rearrange(*published))
+    for leaf in jax.tree.leaves(published):
+        leaf.delete()
+    return made
 
 
 class RMSNorm(nnx.Module):

@@ -1,6 +1,7 @@
 """The whole model on a Hopper GPU, at the published widths: its kernels lose nothing against float32."""
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves, prepare
 
 pytestmark = pytest.mark.gpu
+log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 200
 DECODED_TOKENS = 70
@@ -68,7 +70,7 @@ def test_hopper_logits_are_as_good_as_bfloat16_can_be(config, batch):
     figures = (
         f"top-1 {agree[counted].mean():.4f} of {counted.sum()}, error {error:.2e} (plain bfloat16: {plain_error:.2e})"
     )
-    print(f"{config.num_experts} experts, batch {batch}: {figures}")  # noqa: T201
+    log.info("%s experts, batch %s: %s", config.num_experts, batch, figures)
     assert counted.sum() >= 10, figures
     assert agree[counted].mean() >= AGREEMENT, figures
     assert error < 1.1 * plain_error, figures
