@@ -1,15 +1,18 @@
 """Where a model lives: a mesh of three axes, and two tables from dim letter to mesh axis.
 
-`data` splits the rows of a batch (and the cache's pages with them), `tensor` the attention heads, and `expert` and
-`tensor` together the experts and the vocabulary. The letters are those of gptoss_jax/config.py.
+`data` splits the rows of a batch (and the cache's pages with them), `expert` and `tensor` together the experts, the
+vocabulary and, where there are enough of them, the attention heads. The letters are those of gptoss_jax/config.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
@@ -18,10 +21,14 @@ from gptoss_jax.errors import ShardingError
 MODEL_AXES = ("expert", "tensor")
 AXES = ("data", *MODEL_AXES)
 
-Axes = Mapping[str, str | tuple[str, ...]]
-WEIGHT_AXES: Axes = {"E": MODEL_AXES, "V": MODEL_AXES, "N": "tensor", "K": "tensor"}
-ACTIVATION_AXES: Axes = {"B": "data", "P": "data", "V": MODEL_AXES, "N": "tensor", "K": "tensor"}
+AxisNames = tuple[str, ...]
+Axes = Mapping[str, str | AxisNames]
+WEIGHT_AXES: Axes = {"E": MODEL_AXES, "V": MODEL_AXES}
+ACTIVATION_AXES: Axes = {"B": "data", "P": "data", "V": MODEL_AXES}
+"""Heads, N and K, lie as `head_axes` says, weights and activations alike."""
 REPLICATED: Axes = {}
+DEVICES = P(AXES)
+"""The PartitionSpec of an array with a row for each device."""
 
 
 def spec(dims: str, axes: Axes) -> P:
@@ -34,9 +41,20 @@ def spec(dims: str, axes: Axes) -> P:
     return P(*(axes.get(dim) for dim in dims.split()))
 
 
-def activation(dims: str) -> P:
-    """The PartitionSpec of an activation with these dims."""
-    return spec(dims, ACTIVATION_AXES)
+def activation(dims: str, heads: AxisNames = ()) -> P:
+    """The PartitionSpec of an activation with these dims, `heads` as `head_axes` has them."""
+    return spec(dims, {**ACTIVATION_AXES, "N": heads, "K": heads})
+
+
+def head_axes(num_kv_heads: int, mesh: Mesh | AbstractMesh) -> AxisNames:
+    """The axes that split attention heads: both model axes, or `tensor` alone where there are too few heads for both.
+
+    Example:
+        >>> head_axes(8, make_mesh(expert=1)), head_axes(8, AbstractMesh((1, 16, 2), AXES))
+        (('expert', 'tensor'), ('tensor',))
+    """
+    both = math.prod(mesh.shape.get(axis, 1) for axis in MODEL_AXES)
+    return MODEL_AXES if num_kv_heads % both == 0 else ("tensor",)
 
 
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -62,6 +80,25 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
         )
     grid = np.array(available[:count]).reshape(data, expert, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+@contextlib.contextmanager
+def ambient_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make `mesh` the one that shardings refer to, inside a traced function or outside."""
+    token = _CONCRETE.set(mesh)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _CONCRETE.reset(token)
+
+
+def concrete_mesh() -> Mesh | None:
+    """The mesh of `ambient_mesh` with its devices, for kernels that reach into other devices' memory; else None."""
+    return _CONCRETE.get()
+
+
+_CONCRETE: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("concrete_mesh", default=None)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -18,6 +18,7 @@ from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, start
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, flattened
+from gptoss_jax.sharding import place
 
 _NEVER = np.array([-1], np.int32)  # no id, so no row stops
 _ENDLESS = np.int32(2**30)
@@ -168,7 +169,8 @@ def _first_rows(model: Transformer, batch: int, seed: int) -> tuple[Any, Any]:
     """What `start` makes of random logits, on the host, and where each part of it belongs."""
     logits = np.random.default_rng(seed).standard_normal((batch, model.config.vocab_size), np.float32)
     settings = SamplingRows.of([Sampling(temperature=0.0, seed=row) for row in range(batch)])
-    rows, _ = start(model, jnp.asarray(logits), np.full(batch, _ENDLESS), settings, _NEVER)
+    logits, remaining, settings = place((logits, np.full(batch, _ENDLESS), settings), model.mesh)
+    rows, _ = start(model, logits, remaining, settings, _NEVER)
     return jax.device_get(rows), jax.tree.map(lambda leaf: leaf.sharding, rows)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import platform
+from pallas_kernels.exchange import AxisNames, Mailboxes, Parts, add_parts
 from pallas_kernels.projections.weights import HeadWeights
 
 
@@ -92,10 +93,13 @@ def output(
     weight: Float[Array, "D N H"],
     bias: Float[Array, " D"],
     residual: Float[Array, "T D"],
-) -> Float[Array, "T D"]:
+    *,
+    axes: AxisNames,
+    mailboxes: Mailboxes,
+) -> tuple[Float[Array, "T D"], Mailboxes]:
     """See `pallas_kernels.projections.output`."""
-    y = multiply(attended.reshape(attended.shape[0], -1), weight.reshape(weight.shape[0], -1))
-    return residual + (y + bias.astype(jnp.float32)).astype(residual.dtype)
+    product = multiply(attended.reshape(attended.shape[0], -1), weight.reshape(weight.shape[0], -1))
+    return add_parts(Parts(product[:, None]), residual, bias, axes=axes, mailboxes=mailboxes)
 
 
 def route(
