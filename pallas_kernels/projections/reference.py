@@ -82,7 +82,8 @@ def _write(
 
     As rows of a matrix: a scatter into four dims has XLA for TPUs copy the pool into another order of dims and back.
     """
-    _, num_heads, num_slots, width = pool.shape
+    num_pages, num_heads, num_slots, width = pool.shape
+    pages = jnp.minimum(pages, num_pages)  # larger ones, all nowhere, could wrap round when multiplied
     rows = (pages[:, None] * num_heads + jnp.arange(num_heads, dtype=pages.dtype)) * num_slots + slots[:, None]
     padded = jnp.pad(heads.astype(pool.dtype), ((0, 0), (0, 0), (0, width - heads.shape[2])))
     return pool.reshape(-1, width).at[rows].set(padded, mode="drop").reshape(pool.shape)

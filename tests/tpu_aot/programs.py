@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,12 +27,18 @@ TOPOLOGIES = {
     "120b": {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"},
 }
 """Of at least as many devices as the experts are split over: a tpu7x chip is two."""
-EXPERT_AXIS = {"20b": 4, "120b": 8}
+AXES = {"20b": {"expert": 4}, "120b": {"expert": 8}}
+OTHER_AXES = {"tensor": {"expert": 4, "tensor": 2}, "data": {"data": 2, "expert": 2, "tensor": 2}}
+"""More ways to split a model over eight devices."""
 GENERATIONS = tuple(TOPOLOGIES["20b"])
 STEPS = ("decode", "prefill")
 BATCH = 8
 CONTEXT = 4096
 CHUNK = 2048
+_COLLECTIVE = re.compile(
+    r" = (.*?) ((?:all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-\w+)(?:-start)?)\("
+)
+_ARRAY = re.compile(r"\w+\[[\d,]*\]")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="(?:[^"]*/)?(\w+)/pallas_call"')
 
 
@@ -40,13 +46,14 @@ _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?op_name="(?:[^"]*/
 class Compiled:
     """What the compiler says of a program; bytes are of one device."""
 
-    seconds: float
     argument_bytes: int
     temporary_bytes: int
     estimated_seconds: float
     """The compiler's own, of a dispatch with one decode step or one chunk; our kernels count as they say they cost."""
     kernels: dict[str, int]
     """Calls of each Pallas kernel, by name."""
+    collectives: dict[str, int]
+    """How many of each kind and result in the program's text, where a decode step's loop has its body once."""
 
 
 def published(name: str, num_layers: int | None = None) -> ModelConfig:
@@ -56,7 +63,7 @@ def published(name: str, num_layers: int | None = None) -> ModelConfig:
     return dataclasses.replace(config, num_layers=len(kinds), layer_kinds=kinds)
 
 
-def tpu_mesh(topology: str, *, expert: int = 1) -> Mesh:
+def tpu_mesh(topology: str, **axes: int) -> Mesh:
     """A mesh of chips that can be compiled for, and nothing else.
 
     Raises RuntimeError, naming the extra, where libtpu is not installed.
@@ -66,15 +73,17 @@ def tpu_mesh(topology: str, *, expert: int = 1) -> Mesh:
     # No TPU is asked for, so none need be looked for, and other processes may compile at the same time.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return make_mesh(devices=described.devices, expert=expert)
+    return make_mesh(devices=described.devices, **axes)
 
 
-def lowered(step: str, config: ModelConfig, mesh: Mesh) -> Any:
-    """The program of a step, lowered."""
+def lowered(step: str, config: ModelConfig, mesh: Mesh, *, chunk: int = CHUNK) -> Any:
+    """The program of a step, lowered: a chunk of prefill has a row for each part of the data axis."""
     model = _model(config, mesh)
     if step == "prefill":
-        cache = _cache(config, mesh, batch=1, chunk=CHUNK)
-        return prefill.lower(model, cache, _array(mesh, (1, CHUNK), jnp.int32, "data"), _rows(mesh, 1))
+        batch = mesh.shape["data"]
+        shape = batch, chunk // batch
+        cache = _cache(config, mesh, batch=batch, chunk=shape[1])
+        return prefill.lower(model, cache, _array(mesh, shape, jnp.int32, "data"), _rows(mesh, batch))
     cache = _cache(config, mesh, batch=BATCH, chunk=CHUNK // BATCH)
     stop_ids = _array(mesh, (2,), jnp.int32)
     logits = _array(mesh, (BATCH, config.vocab_size), jnp.float32)
@@ -86,21 +95,27 @@ def lowered(step: str, config: ModelConfig, mesh: Mesh) -> Any:
     return decode.lower(model, cache, rows, stop_ids, _array(mesh, (), jnp.int32))
 
 
-def compiled(step: str, config: ModelConfig, mesh: Mesh) -> tuple[Compiled, str]:
-    """What the compiler says, and the optimized program's text."""
-    began = time.monotonic()
-    program = lowered(step, config, mesh).compile()
-    seconds = time.monotonic() - began
+def compiled(step: str, config: ModelConfig, mesh: Mesh, *, chunk: int = CHUNK) -> Compiled:
+    """What the compiler says."""
+    program = lowered(step, config, mesh, chunk=chunk).compile()
     memory, text = program.memory_analysis(), program.as_text()
-    figures = Compiled(
-        seconds=seconds,
+    return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         # It takes off a second for each custom call of its own that it has no estimate for.
         estimated_seconds=program.cost_analysis()["optimal_seconds"] % 1.0,
-        kernels=dict(sorted(collections.Counter(_KERNEL.findall(text)).items())),
+        kernels=_counted(_KERNEL.findall(text)),
+        collectives=collectives(text),
     )
-    return figures, text
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How many of each kind and result there are in the text of an optimized program."""
+    return _counted(f"{kind} {'+'.join(_ARRAY.findall(result))}" for result, kind in _COLLECTIVE.findall(text))
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(names).items()))
 
 
 def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
