@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +43,9 @@ def activation(dims: str) -> P:
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the three axes, over the first data * expert * tensor devices.
 
-    Raises ShardingError if there are too few devices.
+    Neighbours along `tensor`, then along `expert`, are devices of one process where it has enough of them; on a TPU, if
+    the mesh takes all devices, neighbours in its torus. Raises ShardingError if there are too few devices, or some
+    process would have none in the mesh.
 
     Example:
         >>> dict(make_mesh().shape)
@@ -60,7 +63,19 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
             where=f"{len(available)} {available[0].platform} device(s) present",
             fix="choose smaller axes",
         )
-    grid = np.array(available[:count]).reshape(data, expert, tensor)
+    shape, chosen = (data, expert, tensor), available[:count]
+    if devices is None:
+        idle = {device.process_index for device in available} - {device.process_index for device in chosen}
+        if idle:
+            raise ShardingError(
+                f"process {min(idle)} has none of the {count} devices of {sizes}",
+                where=f"{len(available)} {available[0].platform} devices in {jax.process_count()} processes",
+                fix="choose a mesh of all devices (--mesh), or start fewer processes",
+            )
+    if available[0].platform == "tpu" and count == len(available):
+        grid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
+    else:
+        grid = np.array(chosen).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -97,13 +112,21 @@ def check_batch(batch: int, mesh: Mesh) -> None:
 
 
 def place(rows: Any, mesh: Mesh) -> Any:
-    """Put a pytree of host arrays on the mesh, split by row (their first dim)."""
-    return jax.device_put(rows, NamedSharding(mesh, P("data")))
+    """Put a pytree of host arrays, equal in all processes, on the mesh, split by row (their first dim)."""
+    sharding = NamedSharding(mesh, P("data"))
+    if sharding.is_fully_addressable:
+        return jax.device_put(rows, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), rows)
 
 
 def split_rows(rows: Any) -> Any:
     """`place` inside a traced function: split a pytree by row, whatever it was split over before."""
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P("data")), rows)
+
+
+def join_rows(rows: Any) -> Any:
+    """The inverse of `split_rows`: each device gets all rows, so that every process can read them."""
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), rows)
 
 
 def per_row(function: Callable[..., Any]) -> Callable[..., Any]:
