@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
-        ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, run_bench),
+        ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, _run_bench),
     ):
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         add_arguments(command)
@@ -106,15 +106,14 @@ def _run_verify(options: argparse.Namespace) -> int:
 
 
 def _run_golden(options: argparse.Namespace) -> int:
-    import jax
     import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
 
     from convert.golden import check, target_for
     from gptoss_jax import distributed
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.harmony.encoding import encode
     from gptoss_jax.manifest import CONFIG, read_manifest
+    from gptoss_jax.sharding import fetch
 
     read_manifest(options.checkpoint)
     target = target_for(ModelConfig.read(options.checkpoint / CONFIG))
@@ -122,10 +121,9 @@ def _run_golden(options: argparse.Namespace) -> int:
         run_verify(options)
     model = _load(options)
     num_rows = model.mesh.shape["data"]  # a batch must divide over it; the rows are equal
-    everywhere = NamedSharding(model.mesh, PartitionSpec())
 
     def logits(tokens: list[int]) -> np.ndarray:
-        return np.asarray(jax.device_put(model(np.array([tokens] * num_rows, np.int32)), everywhere))[0]
+        return fetch(model(np.array([tokens] * num_rows, np.int32)), model.mesh)[0]
 
     report = check(logits, encode, target)
     print(report)
@@ -316,6 +314,10 @@ def _chat(options: argparse.Namespace) -> int:
     chat_terminal.run(chat, json_lines=options.json)
     dismiss()
     return 0
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    return run_together(run_bench, options)
 
 
 def _load(options: argparse.Namespace) -> Any:

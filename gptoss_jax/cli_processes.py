@@ -44,7 +44,7 @@ def _run_and_tell(run: Callable[[argparse.Namespace], int], options: argparse.Na
     try:
         return run(options)
     except BaseException as error:
-        loss = distributed.loss(_LOSS_SECONDS if isinstance(error, jax.errors.JaxRuntimeError) else 0)
+        loss = distributed.loss(_LOSS_SECONDS if isinstance(error, jax.errors.JaxRuntimeError) else 0.0)
         distributed.fail(" ".join(str(error).split()) or type(error).__name__)
         if loss is not None and not isinstance(error, GptOssError):
             raise loss from error

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
@@ -111,12 +111,21 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
+def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Put a host array, equal in all processes, on the devices of the sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def place(rows: Any, mesh: Mesh) -> Any:
     """Put a pytree of host arrays, equal in all processes, on the mesh, split by row (their first dim)."""
-    sharding = NamedSharding(mesh, P("data"))
-    if sharding.is_fully_addressable:
-        return jax.device_put(rows, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), rows)
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P("data"))), rows)
+
+
+def fetch(arrays: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on the mesh as host arrays, whole, in every process; all of them call this."""
+    return jax.device_get(jax.device_put(arrays, NamedSharding(mesh, P())))
 
 
 def split_rows(rows: Any) -> Any:

@@ -66,7 +66,7 @@ def _launched() -> Place | None:
     from jax._src.clusters import ClusterEnv
 
     for cluster in ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method or _is_lone_pod(cluster.name) or not cluster.is_env_present():
+        if cluster.opt_in_only_method or _is_lone_pod(cluster) or not cluster.is_env_present():
             continue
         try:
             if (num_processes := cluster.get_process_count()) == 1:
@@ -78,11 +78,13 @@ def _launched() -> Place | None:
         except Exception as error:  # each cluster's library has errors of its own
             reason = " ".join(str(error).split())
             raise DistributedError(
-                f"cannot tell the processes apart ({reason or error!r:.300})", where=cluster.name, fix=_ALL_THREE
+                f"cannot tell the processes apart ({reason or error!r:.300})",
+                where=cluster.name or cluster.__name__,
+                fix=_ALL_THREE,
             ) from error
     return None
 
 
-def _is_lone_pod(cluster: str) -> bool:
+def _is_lone_pod(cluster: type) -> bool:
     """Every pod knows that it runs in Kubernetes; only those of an indexed job are parts of one run."""
-    return cluster == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ
+    return cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ

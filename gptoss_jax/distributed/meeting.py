@@ -1,6 +1,7 @@
 """How the processes of a run find each other: all come to process 0, which waits for a bounded time."""
 
 import errno
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -31,8 +32,10 @@ def receive_all(place: Place, timeout_s: float) -> dict[int, tuple[Line, str]]:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                missing = [str(index) for index in range(1, place.num_processes) if index not in met]
-                raise _refused(met, _missing(missing, place, timeout_s)) from None
+                missing = ", ".join(str(index) for index in range(1, place.num_processes) if index not in met)
+                what = f"process {missing} of {place.num_processes} did not come within {timeout_s:g} s"
+                fix = "start them all, or one alone with --num-processes 1; see what they say"
+                raise _refused(met, DistributedError(what, where=_where(place), fix=fix)) from None
             line = Line(connection)
             match line.receive(_HELLO_SECONDS):
                 case {"greeting": "gptoss-jax", "process_id": process_id, "num_processes": num_processes, "host": host}:
@@ -40,16 +43,15 @@ def receive_all(place: Place, timeout_s: float) -> dict[int, tuple[Line, str]]:
                 case _:
                     line.close()  # somebody else's
                     continue
-            fault = None
+            what = None
             if num_processes != place.num_processes:
-                fault = (
-                    f"process {process_id} was told of {num_processes} processes, process 0 of {place.num_processes}"
-                )
+                what = f"process {process_id} knows of {num_processes} processes, process 0 of {place.num_processes}"
             elif process_id in met or process_id == 0:
-                fault = f"two processes have the id {process_id}"
-            if fault is not None:
-                met[-1] = line, ""
-                raise _refused(met, DistributedError(fault, where=_where(place), fix="give each its own id, from 0 on"))
+                what = f"two processes have the id {process_id}"
+            if what is not None:
+                met[-1] = line, host  # is told too
+                fix = "give all the same num-processes, and each its own process-id"
+                raise _refused(met, DistributedError(what, where=_where(place), fix=fix))
             met[process_id] = line, host
     return met
 
@@ -77,6 +79,7 @@ def come(place: Place, timeout_s: float) -> tuple[Line, Mapping[str, Any]]:
         answer = line.receive(left + _GRACE_SECONDS)
         if answer is not None and answer.get("greeting") == _GREETING:
             if "what" in answer:
+                line.close()
                 raise DistributedError(answer["what"], where=answer["where"], fix=answer["fix"])
             return line, answer
         line.close()
@@ -106,22 +109,16 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         raise DistributedError(
-            f"cannot wait for the others ({error.strerror})",
+            f"cannot wait for the others ({os.strerror(error.errno or 0)})",
             where=f"port {port}",
             fix="choose another port in --coordinator" if taken else "choose a port from 1024 on",
         ) from error
 
 
-def _missing(missing: list[str], place: Place, timeout_s: float) -> DistributedError:
-    return DistributedError(
-        f"process {', '.join(missing)} of {place.num_processes} did not come within {timeout_s:g} s",
-        where=_where(place),
-        fix="start them all, or one alone with --num-processes 1; see what they say",
-    )
-
-
 def _refused(met: Mapping[int, tuple[Line, str]], error: DistributedError) -> DistributedError:
     welcome(met, what=error.what, where=error.where, fix=error.fix)
+    for line, _ in met.values():
+        line.close()
     return error
 
 

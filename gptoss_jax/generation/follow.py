@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from gptoss_jax import distributed
 from gptoss_jax.errors import GptOssError
@@ -12,7 +13,7 @@ from gptoss_jax.model.transformer import Transformer
 
 
 def lead(
-    model: Transformer, prompt: Sequence[int], sampling: Sampling | None = None, *, max_new_tokens: int
+    model: Any, prompt: Sequence[int], sampling: Sampling | None = None, *, max_new_tokens: int
 ) -> Iterator[generate.Token]:
     """`stream` with what process 0 passes: for the other processes too, which `follow`."""
     own = [*map(int, prompt)], dataclasses.asdict(sampling or Sampling()), max_new_tokens
