@@ -34,7 +34,10 @@ FLOORS = {
     "gptoss_jax.cli": 6,
 }
 MAY_PRINT = {"gptoss_jax.cli", "gptoss_jax.demo", "pallas_kernels.tune"}
-MAY_SET_VARIABLES = {"gptoss_jax.harmony.encoding"}  # openai-harmony finds its vocabulary through one
+MAY_SET_VARIABLES = {
+    "gptoss_jax.harmony.encoding",  # openai-harmony finds its vocabulary through one
+    "gptoss_jax.distributed",  # gRPC learns through one that this machine needs no proxy
+}
 NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.config", "gptoss_jax.errors", "gptoss_jax.parameters")
 
 SOURCES = {

@@ -16,13 +16,14 @@ import jax
 
 from gptoss_jax.distributed.launcher import Place, find
 from gptoss_jax.distributed.lines import hold_open
-from gptoss_jax.distributed.meeting import come, listen, receive_all, welcome
+from gptoss_jax.distributed.meeting import come, is_local, listen, receive_all, welcome
 from gptoss_jax.distributed.team import Team
 from gptoss_jax.errors import DistributedError
 
 __all__ = ["exchange", "fail", "initialize", "is_first", "loss", "num_processes", "process_id", "tell"]
 
 _VERSIONS = ("gptoss-jax", "jax", "jaxlib")
+_NO_PROXY = "no_grpc_proxy"
 _START_SECONDS = 600
 _SHUTDOWN_SECONDS = 60
 
@@ -58,7 +59,7 @@ def initialize(
         return
     if place.process_id == 0:
         met = receive_all(place, timeout_s)
-        with listen(place.host, 0) as free:
+        with listen(place, 0) as free:
             port = free.getsockname()[1]
         hosts = [socket.gethostname(), *(met[peer][1] for peer in sorted(met))]
         welcome(met, service_port=port, hosts=hosts)
@@ -73,6 +74,7 @@ def initialize(
     team.watch()
     _team = team
     atexit.register(_leave_at_exit)
+    _reach_this_machine_directly()
     try:
         jax.distributed.initialize(
             service,
@@ -82,7 +84,7 @@ def initialize(
             cluster_detection_method="deactivate",
             initialization_timeout=_START_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-            coordinator_bind_address=service.replace("127.0.0.1", "[::]") if place.process_id == 0 else None,
+            coordinator_bind_address=service if is_local(place) else service.replace("127.0.0.1", "[::]"),
         )
     except RuntimeError as error:
         raise DistributedError(
@@ -166,6 +168,13 @@ def _check_equal(team: Team, arguments: Mapping[str, object]) -> None:
                     where="the processes' arguments",
                     fix="start the same command everywhere; only process ids may differ",
                 )
+
+
+def _reach_this_machine_directly() -> None:
+    """Keep gRPC from asking a proxy for 127.0.0.1, where it would wait for ever; JAX then need not warn of proxies."""
+    exempt = os.environ.get(_NO_PROXY) or os.environ.get("no_proxy")
+    os.environ[_NO_PROXY] = f"{exempt},127.0.0.1" if exempt else "127.0.0.1"
+    jax.config.update("jax_check_proxy_envs", False)
 
 
 def _local_devices(place: Place, hosts: Sequence[str]) -> list[int] | None:

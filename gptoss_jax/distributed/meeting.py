@@ -16,7 +16,6 @@ _HELLO_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 """How much longer than process 0 the others wait, so that it can say who is missing."""
-_LOOPBACK = ("localhost", "127.0.0.1")
 
 
 def receive_all(place: Place, timeout_s: float) -> dict[int, tuple[Line, str]]:
@@ -26,7 +25,7 @@ def receive_all(place: Place, timeout_s: float) -> dict[int, tuple[Line, str]]:
     """
     deadline = time.monotonic() + timeout_s
     met: dict[int, tuple[Line, str]] = {}
-    with listen(place.host, place.port) as listener:
+    with listen(place, place.port) as listener:
         while len(met) < place.num_processes - 1:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -98,11 +97,16 @@ def welcome(met: Mapping[int, tuple[Line, str]], **answer: object) -> None:
         line.send({"greeting": _GREETING, **answer})
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Listen on every address, or where the others come from this host alone, on that. Raises DistributedError."""
+def is_local(place: Place) -> bool:
+    """Whether the others come from this very host."""
+    return place.host in ("localhost", "127.0.0.1")
+
+
+def listen(place: Place, port: int) -> socket.socket:
+    """Process 0: listen to those who may come. Raises DistributedError for a port that it cannot have."""
     try:
-        if host in _LOOPBACK:
-            return socket.create_server((host, port))
+        if is_local(place):
+            return socket.create_server((place.host, port))
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(("", port), family=family, dualstack_ipv6=both)

@@ -121,7 +121,7 @@ def stream(
 
     Several tokens are decoded per dispatch, as many as keep the stream smooth: one on a machine that takes long for
     each, up to 32 on a fast one. Bad input raises at the first `next`. Where several processes read the same stream,
-    process 0 sets the pace, and whether it stops before its end.
+    process 0 sets the pace, and decides whether it stops before its end: by closing the iterator.
     """
     run = _Run(model, [prompt], [sampling or Sampling()], max_new_tokens, stop_ids, top_logprobs)
     steps = 1

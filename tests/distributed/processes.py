@@ -17,9 +17,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(*arguments: object, num_devices: int = 1, stdin: int | IO[str] = subprocess.DEVNULL) -> subprocess.Popen[str]:
+def start(
+    *arguments: object, num_devices: int = 1, stdin: int | IO[str] = subprocess.DEVNULL, **variables: str
+) -> subprocess.Popen[str]:
     """Python with these arguments, from the repository's root, on some CPU devices of its own."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    environment = os.environ | devices | variables
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -115,7 +114,34 @@ def test_places_that_make_no_sense_are_one_line(
     assert captured.err.count("\n") == 1
 
 
+SCRIPT = """
+import sys
+from gptoss_jax import distributed
+process_id = int(sys.argv[2])
+distributed.initialize(sys.argv[1], 2, process_id)
+if process_id == 1:
+    raise ValueError("no luck")
+import time
+time.sleep(60)
+"""
+
+
+def test_script_that_raises_ends_the_other() -> None:
+    coordinator = f"localhost:{free_port()}"
+    nobody = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}  # is asked for this machine
+    began = time.monotonic()
+    first, second = finish([start("-c", SCRIPT, coordinator, index, **nobody) for index in range(2)])
+    assert time.monotonic() - began < 60
+    assert first == (
+        2,
+        "",
+        "gptoss-jax: process 1 ended (ValueError: no luck): process 0 of 2: see what it printed, and start all of them "
+        "again\n",
+    )
+    assert second[0] == 1
+    assert second[2].endswith("\nValueError: no luck\n")
+
+
 def test_alone_nothing_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "nowhere", "--prompt", "hi", "--num-processes", "1"]) == 2
     assert capsys.readouterr().err.startswith("gptoss-jax: no such directory: nowhere")
-    assert sys.stdout is not None
