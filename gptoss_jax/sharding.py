@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
@@ -60,7 +61,9 @@ def head_axes(num_kv_heads: int, mesh: Mesh | AbstractMesh) -> AxisNames:
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the three axes, over the first data * expert * tensor devices.
 
-    Raises ShardingError if there are too few devices.
+    Neighbours along `tensor`, then along `expert`, are devices of one process where it has enough of them; on a TPU, if
+    the mesh takes all devices, neighbours in its torus. Raises ShardingError if there are too few devices, or some
+    process would have none in the mesh.
 
     Example:
         >>> dict(make_mesh().shape)
@@ -78,7 +81,19 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
             where=f"{len(available)} {available[0].platform} device(s) present",
             fix="choose smaller axes",
         )
-    grid = np.array(available[:count]).reshape(data, expert, tensor)
+    shape, chosen = (data, expert, tensor), available[:count]
+    if devices is None:
+        idle = {device.process_index for device in available} - {device.process_index for device in chosen}
+        if idle:
+            raise ShardingError(
+                f"process {min(idle)} has none of the {count} devices of {sizes}",
+                where=f"{len(available)} {available[0].platform} devices in {jax.process_count()} processes",
+                fix="choose a mesh of all devices (--mesh), or start fewer processes",
+            )
+    if available[0].platform == "tpu" and count == len(available):
+        grid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
+    else:
+        grid = np.array(chosen).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -133,14 +148,31 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
+def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Put a host array, equal in all processes, on the devices of the sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def place(rows: Any, mesh: Mesh) -> Any:
-    """Put a pytree of host arrays on the mesh, split by row (their first dim)."""
-    return jax.device_put(rows, NamedSharding(mesh, P("data")))
+    """Put a pytree of host arrays, equal in all processes, on the mesh, split by row (their first dim)."""
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P("data"))), rows)
+
+
+def fetch(arrays: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on the mesh as host arrays, whole, in every process; all of them call this."""
+    return jax.device_get(jax.device_put(arrays, NamedSharding(mesh, P())))
 
 
 def split_rows(rows: Any) -> Any:
     """`place` inside a traced function: split a pytree by row, whatever it was split over before."""
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P("data")), rows)
+
+
+def join_rows(rows: Any) -> Any:
+    """The inverse of `split_rows`: each device gets all rows, so that every process can read them."""
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), rows)
 
 
 def per_row(function: Callable[..., Any]) -> Callable[..., Any]:

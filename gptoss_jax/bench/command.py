@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.bench.plan import Plan
+from gptoss_jax.cli_arguments import add_mesh_argument, add_process_arguments, mesh_of
 from gptoss_jax.errors import BenchError, DoesNotFit
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+    add_mesh_argument(parser)
+    add_process_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from gptoss_jax.bench.suite import check, measure
     from gptoss_jax.bench.timing import ceilings
     from gptoss_jax.compilation import enable_cache
+    from gptoss_jax.distributed import is_first
 
     name, config = _config(options)
     plan = Plan(
@@ -97,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
                 table.row(row)
         if limit is not None:
             report["memory"] = memory.held(limit)
-        if options.json is not None:  # after each row: a run that is cut short leaves what it had
+        if options.json is not None and is_first():  # after each row: a run that is cut short leaves what it had
             write(options.json, report, rows)
     if plan.split:
         for line in split.table(rows, rates):
@@ -106,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     if limit is not None:
         sizes = (f"{key.removesuffix('_bytes')} {value / _GB:.2f}" for key, value in report["memory"].items())
         table.line(f"memory, GB: {', '.join(sizes)}")
-    if options.plot is not None and rows:
+    if options.plot is not None and rows and is_first():
         plot.draw(options.plot, rows, rates, title=f"gpt-oss {name}, {report['device']}")
     return 0
 
@@ -143,10 +147,10 @@ def _model(options: argparse.Namespace, config: "ModelConfig") -> "Transformer":
     if options.checkpoint is not None:
         from gptoss_jax.checkpoint import load
 
-        return load(options.checkpoint)
+        return load(options.checkpoint, mesh=mesh_of(options))
     from gptoss_jax.bench.weights import random_model
 
-    return random_model(config)
+    return random_model(config, mesh=mesh_of(options))
 
 
 def _head(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from gptoss_jax import distributed
 from gptoss_jax.bench import split
 from gptoss_jax.bench.kernels import attention_row, expert_rows
 from gptoss_jax.bench.plan import Plan
@@ -76,6 +77,9 @@ def _fitting(rows: Callable[[], Any]) -> Iterator[Row | DoesNotFit]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         what = str(error).partition("\n")[0]
-        yield DoesNotFit(f"out of memory ({what:.120})", where="the device", fix="leave this row out")
+        too_much = DoesNotFit(f"out of memory ({what:.120})", where="the device", fix="leave this row out")
+        if distributed.num_processes() > 1:  # the others may have had enough, and go on with this row
+            raise too_much from error
+        yield too_much
     else:
         yield from [measured] if isinstance(measured, Row) else measured

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gptoss_jax import distributed
 from gptoss_jax.errors import SamplingError
 
 Method = Literal["greedy", "draw", "cut"]
@@ -82,8 +83,10 @@ class SamplingRows:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
-        """One row per sampling, on the host; a missing seed is drawn here."""
+        """One row per sampling, on the host; a missing seed is drawn here, in process 0 for all."""
         seeds = [secrets.randbits(32) if sampling.seed is None else sampling.seed for sampling in samplings]
+        if any(sampling.seed is None for sampling in samplings):
+            seeds = distributed.tell(seeds)
         return cls(
             temperature=np.array([sampling.temperature for sampling in samplings], np.float32),
             top_k=np.array([sampling.top_k for sampling in samplings], np.int32),

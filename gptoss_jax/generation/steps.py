@@ -12,7 +12,7 @@ from gptoss_jax.errors import CacheError
 from gptoss_jax.generation.sampling import SamplingRows, sample
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, ambient_mesh
-from gptoss_jax.sharding import MODEL_AXES, activation, per_row, split_rows
+from gptoss_jax.sharding import MODEL_AXES, activation, join_rows, per_row, split_rows
 
 DECODE_BUFFER = 256
 """The most tokens one dispatch of `decode` can return per row."""
@@ -28,14 +28,17 @@ class Rows:
     drawn: Any
     """Tokens chosen so far."""
     remaining: Any
-    """Tokens it may still choose; 0 once it has stopped."""
+    """Tokens it may still choose; 0 once it has stopped. Every device has those of all rows, as of `Chosen`."""
     sampling: SamplingRows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Newly chosen tokens, a column per step. A row's first `counts` columns are meant, the rest is filler."""
+    """Newly chosen tokens, a column per step. A row's first `counts` columns are meant, the rest is filler.
+
+    Every device has those of all rows: each process reads them.
+    """
 
     ids: Any
     """`B steps`."""
@@ -104,7 +107,7 @@ def start(
         rows = Rows(last=remaining, drawn=jnp.zeros_like(remaining), remaining=remaining, sampling=sampling)
         column, _ = _choose(logits, sampling, rows.drawn, num_top=num_top)
         chosen = per_row(_unpacked)(column, (remaining > 0).astype(jnp.int32))
-        return _after(rows, chosen, stop_ids), chosen
+        return _after(rows, chosen, stop_ids), join_rows(chosen)
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="num_top")
@@ -144,6 +147,7 @@ def decode(
         )
 
     with ambient_mesh(model.mesh):
+        rows = split_rows(rows)
         fixed = jnp.stack([cache.lengths, rows.drawn])
         shape = rows.last.shape[0], 1 + DECODE_BUFFER, 2 * (1 + num_top)
         columns = jnp.zeros(shape, jnp.int32, out_sharding=activation("B")).at[:, 0, 0].set(rows.last)
@@ -152,7 +156,7 @@ def decode(
         state = jax.lax.while_loop(lambda state: state.going, body, state)
         chosen = per_row(_unpacked)(state.columns[:, 1:], state.taken)
         cache = dataclasses.replace(state.cache, lengths=cache.lengths + state.taken)
-        return _after(rows, chosen, stop_ids), chosen, cache
+        return _after(rows, chosen, stop_ids), join_rows(chosen), cache
 
 
 def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
@@ -207,11 +211,12 @@ def _after(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
     """The rows once these tokens have been chosen; those that had stopped stay as they were."""
     some = chosen.counts > 0
     last = jnp.where(some, per_row(_newest)(chosen.ids, chosen.counts), rows.last)
+    stopped = some & _is_stop(last, stop_ids)
     return dataclasses.replace(
         rows,
         last=last,
         drawn=rows.drawn + chosen.counts,
-        remaining=jnp.where(some & _is_stop(last, stop_ids), 0, jnp.maximum(rows.remaining - chosen.counts, 0)),
+        remaining=join_rows(jnp.where(stopped, 0, jnp.maximum(rows.remaining - chosen.counts, 0))),
     )
 
 
