@@ -31,6 +31,8 @@ from gptoss_jax.bench.command import add_arguments as add_bench_arguments
 from gptoss_jax.bench.command import run as run_bench
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
 from gptoss_jax.harmony.conversation import REASONING_LEVELS
+from gptoss_jax.plan.command import add_arguments as add_plan_arguments
+from gptoss_jax.plan.command import run as run_plan
 
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 _NUM_HARMONY_IDS = 201088
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
         ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, run_bench),
+        ("plan", "what a model would take on devices that need not be there", add_plan_arguments, run_plan),
     ):
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         add_arguments(command)
@@ -339,17 +342,9 @@ def _load(options: argparse.Namespace) -> Any:
 
 def _mesh(text: str) -> Any:
     """The mesh that `expert=2,tensor=1` describes."""
-    from gptoss_jax.sharding import AXES, make_mesh
+    from gptoss_jax.sharding import make_mesh, parse_axes
 
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.isdecimal():
-            raise ShardingError(
-                f"cannot read {part!r}", where="--mesh", fix=f"write it as expert=2,tensor=1; axes: {', '.join(AXES)}"
-            )
-        sizes[axis] = int(size)
-    return make_mesh(data=sizes.get("data", 1), expert=sizes.get("expert", 1), tensor=sizes.get("tensor", 1))
+    return make_mesh(**parse_axes(text), devices=None)
 
 
 def _replace_what_cannot_be_written() -> None:

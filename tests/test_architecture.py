@@ -28,10 +28,12 @@ FLOORS = {
     "convert": 4,
     "gptoss_jax.demo": 5,
     "gptoss_jax.bench": 5,
+    "gptoss_jax.plan": 5,
     "gptoss_jax.cli": 6,
 }
 MAY_PRINT = {"gptoss_jax.cli", "gptoss_jax.demo", "pallas_kernels.tune"}
-MAY_SET_VARIABLES = {"gptoss_jax.harmony.encoding"}  # openai-harmony finds its vocabulary through one
+# openai-harmony finds its vocabulary through one, libtpu is told through some that no TPU need be looked for.
+MAY_SET_VARIABLES = {"gptoss_jax.harmony.encoding", "gptoss_jax.plan.topologies"}
 NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.config", "gptoss_jax.errors", "gptoss_jax.parameters")
 
 SOURCES = {
