@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from gptoss_jax.model.cache import Cache
 from gptoss_jax.plan.collectives import Collective, program_collectives, step_collectives
 from gptoss_jax.plan.floor import decode_floor, prefill_floor
 from gptoss_jax.plan.memory import Usage, shard_bytes
-from gptoss_jax.plan.programs import abstract_cache, abstract_model, lowered_decode, lowered_prefill
+from gptoss_jax.plan.programs import abstract_cache, abstract_model, estimated_seconds, lowered_decode, lowered_prefill
 from gptoss_jax.plan.topologies import Topology
 from gptoss_jax.sharding import check_batch
 
@@ -145,7 +145,7 @@ class Planner:
             name: Step(
                 usage=Usage.of(program, self._model, cache),
                 floor=floors[name],
-                estimated_seconds=self._estimate(program),
+                estimated_seconds=estimated_seconds(program) if self.topology.chip.platform == "tpu" else None,
                 collectives=_READ[name](program.as_text() or "", self.config.num_layers),
                 compile_seconds=seconds,
             )
@@ -153,13 +153,6 @@ class Planner:
         }
         usage = steps["decode"].usage  # padded as the programs have it
         return dataclasses.replace(without, weights=usage.weights, cache=usage.cache, steps=steps)
-
-    def _estimate(self, program: jax.stages.Compiled) -> float | None:
-        if self.topology.chip.platform != "tpu":
-            return None
-        # The compiler takes off a second for each custom call of its own that it has no estimate for.
-        costs: Any = program.cost_analysis()
-        return costs["optimal_seconds"] % 1.0
 
 
 _READ = {"decode": step_collectives, "prefill": program_collectives}
