@@ -37,6 +37,8 @@ from gptoss_jax.cli_arguments import (
 )
 from gptoss_jax.cli_processes import run_together
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
+from gptoss_jax.plan.command import add_arguments as add_plan_arguments
+from gptoss_jax.plan.command import run as run_plan
 
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 _NUM_HARMONY_IDS = 201088
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
         ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, _run_bench),
+        ("plan", "what a model would take on devices that need not be there", add_plan_arguments, run_plan),
     ):
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
         add_arguments(command)

@@ -4,7 +4,6 @@ import argparse
 import secrets
 from typing import Any
 
-from gptoss_jax.errors import ShardingError
 from gptoss_jax.harmony.conversation import REASONING_LEVELS
 
 DTYPES = ("bfloat16", "float32")
@@ -57,19 +56,9 @@ def sampling_of(options: argparse.Namespace) -> Any:
 
 def mesh_of(options: argparse.Namespace) -> Any:
     """The mesh that `--mesh expert=2,tensor=1` describes; None without it."""
-    from gptoss_jax.sharding import AXES, make_mesh
+    from gptoss_jax.sharding import make_mesh, parse_axes
 
-    if options.mesh is None:
-        return None
-    sizes: dict[str, int] = {}
-    for part in options.mesh.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.isdecimal():
-            raise ShardingError(
-                f"cannot read {part!r}", where="--mesh", fix=f"write it as expert=2,tensor=1; axes: {', '.join(AXES)}"
-            )
-        sizes[axis] = int(size)
-    return make_mesh(data=sizes.get("data", 1), expert=sizes.get("expert", 1), tensor=sizes.get("tensor", 1))
+    return None if options.mesh is None else make_mesh(**parse_axes(options.mesh), devices=None)
 
 
 def _at_least_one(text: str) -> int:

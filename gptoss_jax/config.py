@@ -117,6 +117,15 @@ class ModelConfig:
             raise ConfigError("not a JSON object", where=str(path), fix="download it again")
         return cls.from_json(parsed, where=str(path))
 
+    def first_layers(self, count: int) -> "ModelConfig":
+        """The same architecture with its first `count` layers only.
+
+        Example:
+            >>> gpt_oss_20b().first_layers(2).layer_kinds
+            ('sliding_attention', 'full_attention')
+        """
+        return dataclasses.replace(self, num_layers=count, layer_kinds=self.layer_kinds[:count])
+
     def to_json(self) -> dict[str, Any]:
         """The Hugging Face config.json of this architecture; `from_json` of it gives the same config."""
         return {

@@ -58,5 +58,9 @@ class BenchError(GptOssError):
     """A measurement that cannot be made, or whose result means nothing."""
 
 
+class PlanError(GptOssError):
+    """A plan for a topology that does not exist, or that nothing installed compiles for."""
+
+
 class DoesNotFit(BenchError):
     """A measurement that needs more memory than the device has left."""

@@ -116,6 +116,24 @@ def concrete_mesh() -> Mesh | None:
 _CONCRETE: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("concrete_mesh", default=None)
 
 
+def parse_axes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes as the command line takes them; raises ShardingError for what cannot be read.
+
+    Example:
+        >>> parse_axes("expert=2")
+        {'data': 1, 'expert': 2, 'tensor': 1}
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes or not size.isdecimal():
+            raise ShardingError(
+                f"cannot read {part!r}", where="--mesh", fix=f"write it as expert=2,tensor=1; axes: {', '.join(AXES)}"
+            )
+        sizes[axis] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ShardingError unless the mesh has the three axes and divides the model."""
     if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:

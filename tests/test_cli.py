@@ -27,7 +27,7 @@ from tests.scripted import call, final, thought
 from tests.test_chat_terminal import Terminal
 from tests.tiny import TINY
 
-COMMANDS = ("demo", "convert", "inspect", "verify", "generate", "chat", "bench")
+COMMANDS = ("demo", "convert", "inspect", "verify", "generate", "chat", "bench", "plan")
 
 
 class StandIn:

@@ -139,8 +139,7 @@ def _config(options: argparse.Namespace) -> "tuple[str, ModelConfig]":
         raise BenchError("a checkpoint and --layers", where="--layers", fix="give one of the two")
     if not 1 <= options.layers <= config.num_layers:
         raise BenchError(f"{options.layers} layers", where="--layers", fix=f"choose 1 to {config.num_layers}")
-    kinds = config.layer_kinds[: options.layers]
-    return f"{name}/{options.layers}", dataclasses.replace(config, num_layers=options.layers, layer_kinds=kinds)
+    return f"{name}/{options.layers}", config.first_layers(options.layers)
 
 
 def _model(options: argparse.Namespace, config: "ModelConfig") -> "Transformer":

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+
+from gptoss_jax.bench.hlo import Instruction, Module, parse
 
 # These cost nothing at run time: they name, group or reinterpret what is there.
 _FREE = {
@@ -17,8 +19,6 @@ _FREE = {
     "partition-id",
     "replica-id",
 }
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NO_VALUES = re.compile(r"[\[,]0[,\]]")
 
 
@@ -36,14 +36,6 @@ class Launch:
     """More than 1 inside a loop whose number of turns the compiler knows."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    opcode: str
-    shape: str
-    rest: str
-
-
 def program_launches(text: str) -> list[Launch]:
     """What one run of the program launches, in order.
 
@@ -52,8 +44,8 @@ def program_launches(text: str) -> list[Launch]:
     known to turn, once where that is unknown; its condition counts with it. Of a conditional's branches the one with
     the fewest launches is taken, and 1 for fetching the predicate.
     """
-    computations = _parse(text)
-    return list(_launches(computations, _entry(text), 1))
+    module = parse(text)
+    return list(_launches(module, module.entry, 1))
 
 
 def step_launches(text: str) -> list[Launch]:
@@ -61,9 +53,8 @@ def step_launches(text: str) -> list[Launch]:
 
     Counts as `program_launches` does, the loop's condition included.
     """
-    computations = _parse(text)
-    loops = [instruction for instruction in computations[_entry(text)] if instruction.opcode == "while"]
-    turns = [list(_turn(computations, loop, 1)) for loop in loops]
+    module = parse(text)
+    turns = [list(_turn(module, loop, 1)) for loop in module.loops]
     return max(turns, key=count) if turns else program_launches(text)
 
 
@@ -72,59 +63,26 @@ def count(launches: list[Launch]) -> int:
     return sum(launch.times for launch in launches)
 
 
-def _parse(text: str) -> dict[str, list[_Instruction]]:
-    computations: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = computations.setdefault(header.group(2), [])
-        elif found := _INSTRUCTION.match(line):
-            name, definition = found.groups()
-            shape, rest = _split_shape(definition)
-            opcode, _, rest = rest.partition("(")
-            current.append(_Instruction(name, opcode, shape, rest))
-    return computations
-
-
-def _entry(text: str) -> str:
-    return next(found.group(2) for line in text.splitlines() if (found := _COMPUTATION.match(line)) and found.group(1))
-
-
-def _split_shape(definition: str) -> tuple[str, str]:
-    """A shape is one word, or for a tuple what its parentheses enclose."""
-    if not definition.startswith("("):
-        shape, _, rest = definition.partition(" ")
-        return shape, rest
-    depth = 0
-    for position, character in enumerate(definition):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return definition[: position + 1], definition[position + 2 :]
-    raise ValueError(f"unbalanced parentheses in HLO: {definition:.80}")
-
-
-def _launches(computations: Mapping[str, list[_Instruction]], name: str, times: int) -> Iterator[Launch]:
-    for instruction in computations[name]:
+def _launches(module: Module, name: str, times: int) -> Iterator[Launch]:
+    for instruction in module.computations[name]:
         opcode = instruction.opcode
         if opcode == "while":
-            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-            yield from _turn(computations, instruction, times * int(turns.group(1)) if turns else times)
+            yield from _turn(module, instruction, times * instruction.turns)
         elif opcode == "conditional":
             yield _launch(instruction, times)
-            branches = [list(_launches(computations, branch, times)) for branch in _branches(instruction)]
-            yield from min(branches, key=count)
+            yield from min((list(_launches(module, branch, times)) for branch in instruction.branches), key=count)
         elif opcode in ("call", "async-start"):
-            yield from _launches(computations, _attribute(instruction, "to_apply|calls|called_computation"), times)
+            yield from _launches(module, instruction.called, times)
         elif not (opcode in _FREE or opcode.endswith(("-done", "-update")) or _NO_VALUES.search(instruction.shape)):
             yield _launch(instruction, times)
 
 
-def _turn(computations: Mapping[str, list[_Instruction]], loop: _Instruction, times: int) -> Iterator[Launch]:
-    yield from _launches(computations, _attribute(loop, "body"), times)
-    yield from _launches(computations, _attribute(loop, "condition"), times)
+def _turn(module: Module, loop: Instruction, times: int) -> Iterator[Launch]:
+    yield from _launches(module, loop.attribute("body"), times)
+    yield from _launches(module, loop.attribute("condition"), times)
 
 
-def _launch(instruction: _Instruction, times: int) -> Launch:
+def _launch(instruction: Instruction, times: int) -> Launch:
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Launch(
@@ -134,16 +92,3 @@ def _launch(instruction: _Instruction, times: int) -> Launch:
         source=source.group(1) if source else "",
         times=times,
     )
-
-
-def _attribute(instruction: _Instruction, names: str) -> str:
-    found = re.search(rf"\b(?:{names})=%?([\w.\-]+)", instruction.rest)
-    if found is None:
-        raise ValueError(f"HLO {instruction.opcode} {instruction.name} has no {names}")
-    return found.group(1)
-
-
-def _branches(instruction: _Instruction) -> list[str]:
-    if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
-        return [name.strip().removeprefix("%") for name in listed.group(1).split(",")]
-    return [_attribute(instruction, "true_computation"), _attribute(instruction, "false_computation")]

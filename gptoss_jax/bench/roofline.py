@@ -42,6 +42,9 @@ class Work:
     def __sub__(self, other: "Work") -> "Work":
         return Work(self.bytes - other.bytes, self.flops - other.flops)
 
+    def __truediv__(self, parts: int) -> "Work":
+        return Work(self.bytes / parts, self.flops / parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
@@ -89,10 +92,12 @@ def decode_work(config: ModelConfig, *, batch: int, context: Number, without: Co
     return weights if "attention" in without else weights + _attention(config, num_rows=batch, held=context, num_new=1)
 
 
-def prefill_work(config: ModelConfig, *, num_tokens: int, without: Collection[Stage] = ()) -> Work:
-    """A prompt of `num_tokens` read from its beginning, and the logits after its last token."""
-    weights = _weights(config, num_tokens=num_tokens, num_logits=1, without=without)
-    return weights if "attention" in without else weights + _attention(config, num_rows=1, held=0, num_new=num_tokens)
+def prefill_work(config: ModelConfig, *, num_tokens: int, num_rows: int = 1, without: Collection[Stage] = ()) -> Work:
+    """Prompts of `num_tokens` each read from their beginnings, and the logits after their last tokens."""
+    weights = _weights(config, num_tokens=num_rows * num_tokens, num_logits=num_rows, without=without)
+    if "attention" in without:
+        return weights
+    return weights + _attention(config, num_rows=num_rows, held=0, num_new=num_tokens)
 
 
 def experts_work(

@@ -205,15 +205,16 @@ class _Run:
         return tokens
 
 
-def prefill_chunk(model: Transformer, batch: int) -> int:
+def prefill_chunk(model: Transformer, batch: int, *, limit: int | None = None) -> int:
     """Tokens of each of `batch` rows that `generate` reads at a time on the model's platform.
 
     Fewer where a device has little memory beside its part of the weights: what a chunk takes then stays within a
-    sixteenth of the rest, which holds the cache too and what XLA tries products out with when it compiles.
+    sixteenth of the rest, which holds the cache too and what XLA tries products out with when it compiles. `limit` is
+    what JAX may take of a device's memory; without it, the device is asked.
     """
     with ambient_mesh(model.mesh):
         tokens = PREFILL_TOKENS.get(platform(), _FEWER_TOKENS)
-    limit = _memory_limit(model.mesh)
+    limit = _memory_limit(model.mesh) if limit is None else limit
     if limit is not None:
         devices = model.mesh.shape["expert"] * model.mesh.shape["tensor"]
         spare = (limit - _weight_bytes(model.config) // devices) // 16

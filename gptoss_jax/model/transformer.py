@@ -208,7 +208,7 @@ def leaves(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     return {".".join(map(str, path)): described(leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def fill(model: Transformer, arrays: Mapping[str, Array]) -> Transformer:
+def fill(model: Transformer, arrays: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Transformer:
     """The same model with these arrays, one for each path of `leaves`, as its parameters."""
     structure, state = nnx.split(model)
     filled = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]

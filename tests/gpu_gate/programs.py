@@ -10,61 +10,37 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from gptoss_jax.bench.launches import Launch, count, program_launches, step_launches
-from gptoss_jax.config import ModelConfig, gpt_oss_20b
+from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.generation.generate import PREFILL_TOKENS
-from gptoss_jax.generation.sampling import Sampling, SamplingRows
-from gptoss_jax.generation.steps import decode, prefill, start
-from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, abstract, ambient_mesh, fill, leaves, prepare
-from gptoss_jax.sharding import make_mesh
+from gptoss_jax.generation.sampling import Sampling
+from gptoss_jax.plan.programs import DRAWN, abstract_cache, abstract_model, lowered_decode, lowered_prefill
+from gptoss_jax.plan.topologies import find
 
 DEPTHS = (2, 4)
 """Layers: as many sliding as full ones. The difference is what layers cost, the rest what the step costs once."""
 _CONTEXT = 1088
-
-
-def h200_mesh() -> Mesh:
-    """A mesh of one H200 that can be compiled for, and nothing else."""
-    jax.devices()  # registers the plugin's compiler
-    target = Path(__file__).with_name("h200.txtpb").read_text()
-    topology = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=target)
-    return make_mesh(devices=topology.devices)
+_TOKENS = PREFILL_TOKENS["hopper"]
 
 
 def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     """The program called `name`, of the 20b at full width with `depth` layers."""
     kind, _, number = name.partition("-")
-    published = gpt_oss_20b()
-    config = dataclasses.replace(published, num_layers=depth, layer_kinds=published.layer_kinds[:depth])
-    model = _model(config, mesh)
+    model = abstract_model(gpt_oss_20b().first_layers(depth), mesh)
     if kind == "prefill":
         length = int(number)
-        cache = _cache(config, mesh, batch=1, room=length, chunk=PREFILL_TOKENS["hopper"])
-        tokens = _array(mesh, (1, length), jnp.int32, "data")
-        return prefill.lower(model, cache, tokens, _array(mesh, (1,), jnp.int32, "data")).compile()
+        cache = abstract_cache(model, batch=1, max_length=length, max_chunk=_TOKENS)
+        return lowered_prefill(model, cache, length).compile()
     batch = int(number)
-    cache = _cache(config, mesh, batch=batch, room=_CONTEXT, chunk=PREFILL_TOKENS["hopper"] // batch)
-    stop_ids = _array(mesh, (2,), jnp.int32)
-    logits = _array(mesh, (batch, config.vocab_size), jnp.float32)
-    sampling = Sampling(seed=0) if kind == "draw" else Sampling(temperature=0.0)
-    settings = jax.tree.map(
-        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([sampling] * batch)
-    )
-    rows, _ = start.eval_shape(model, logits, _array(mesh, (batch,), jnp.int32, "data"), settings, stop_ids)
-    rows = jax.tree.map(lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), rows)
-    return decode.lower(model, cache, rows, stop_ids, _array(mesh, (), jnp.int32)).compile()
+    cache = abstract_cache(model, batch=batch, max_length=_CONTEXT, max_chunk=_TOKENS // batch)
+    return lowered_decode(model, cache, DRAWN if kind == "draw" else Sampling(temperature=0.0)).compile()
 
 
 def figures(name: str) -> dict[str, Any]:
     """Launches a layer and outside of the layers, temporaries of the deeper program, and the list of its launches."""
-    mesh = h200_mesh()
+    mesh = find("h200:1").mesh()
     programs = [compiled(name, depth, mesh) for depth in DEPTHS]
     listed = [_launches(name, program.as_text()) for program in programs]
     shallow, deep = (count(launches) for launches in listed)
@@ -79,27 +55,6 @@ def figures(name: str) -> dict[str, Any]:
 
 def _launches(name: str, text: str) -> list[Launch]:
     return program_launches(text) if name.startswith("prefill") else step_launches(text)
-
-
-def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
-    model = prepare(abstract(config, mesh=mesh))
-    return fill(model, leaves(model))  # with shardings over the mesh's devices
-
-
-def _cache(config: ModelConfig, mesh: Mesh, *, batch: int, room: int, chunk: int) -> Cache:
-    def create() -> Cache:
-        return Cache.create(config, batch=batch, max_length=room, max_chunk=chunk)
-
-    with ambient_mesh(mesh):
-        shapes = jax.eval_shape(create)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)),
-        shapes,
-    )
-
-
-def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
 
 
 if __name__ == "__main__":

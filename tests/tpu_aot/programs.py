@@ -2,24 +2,21 @@
 
 import collections
 import dataclasses
-import importlib.util
-import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
-from gptoss_jax.generation.sampling import Sampling, SamplingRows
-from gptoss_jax.generation.steps import decode, prefill, start
-from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import Transformer, abstract, ambient_mesh, fill, leaves, prepare
-from gptoss_jax.sharding import make_mesh
+from gptoss_jax.plan.programs import (
+    abstract_cache,
+    abstract_model,
+    estimated_seconds,
+    lowered_decode,
+    lowered_prefill,
+)
+from gptoss_jax.plan.topologies import find
 
 MODELS = {"20b": gpt_oss_20b, "120b": gpt_oss_120b}
 TOPOLOGIES = {
@@ -59,40 +56,21 @@ class Compiled:
 def published(name: str, num_layers: int | None = None) -> ModelConfig:
     """A published model, or its first few layers."""
     config = MODELS[name]()
-    kinds = config.layer_kinds[:num_layers]
-    return dataclasses.replace(config, num_layers=len(kinds), layer_kinds=kinds)
+    return config if num_layers is None else config.first_layers(num_layers)
 
 
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
-    """A mesh of chips that can be compiled for, and nothing else.
-
-    Raises RuntimeError, naming the extra, where libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError("no compiler for TPUs: install the extra `tpu` (pip install -e '.[tpu]'), or run `make aot`")
-    # No TPU is asked for, so none need be looked for, and other processes may compile at the same time.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return make_mesh(devices=described.devices, **axes)
+    """A mesh of chips that can be compiled for, and nothing else. Raises PlanError where libtpu is not installed."""
+    return find(topology).mesh(**axes)
 
 
 def lowered(step: str, config: ModelConfig, mesh: Mesh, *, chunk: int = CHUNK) -> Any:
     """The program of a step, lowered: a chunk of prefill has a row for each part of the data axis."""
-    model = _model(config, mesh)
-    if step == "prefill":
-        batch = mesh.shape["data"]
-        shape = batch, chunk // batch
-        cache = _cache(config, mesh, batch=batch, chunk=shape[1])
-        return prefill.lower(model, cache, _array(mesh, shape, jnp.int32, "data"), _rows(mesh, batch))
-    cache = _cache(config, mesh, batch=BATCH, chunk=CHUNK // BATCH)
-    stop_ids = _array(mesh, (2,), jnp.int32)
-    logits = _array(mesh, (BATCH, config.vocab_size), jnp.float32)
-    settings = jax.tree.map(
-        lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), SamplingRows.of([Sampling(seed=0)] * BATCH)
-    )
-    rows, _ = start.eval_shape(model, logits, _rows(mesh, BATCH), settings, stop_ids)
-    rows = jax.tree.map(lambda leaf: _array(mesh, leaf.shape, leaf.dtype, "data"), rows)
-    return decode.lower(model, cache, rows, stop_ids, _array(mesh, (), jnp.int32))
+    model = abstract_model(config, mesh, impl="tpu")
+    batch = mesh.shape["data"] if step == "prefill" else BATCH
+    num_tokens = (chunk if step == "prefill" else CHUNK) // batch
+    cache = abstract_cache(model, batch=batch, max_length=CONTEXT, max_chunk=num_tokens)
+    return lowered_prefill(model, cache, num_tokens) if step == "prefill" else lowered_decode(model, cache)
 
 
 def compiled(step: str, config: ModelConfig, mesh: Mesh, *, chunk: int = CHUNK) -> Compiled:
@@ -102,8 +80,7 @@ def compiled(step: str, config: ModelConfig, mesh: Mesh, *, chunk: int = CHUNK) 
     return Compiled(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        # It takes off a second for each custom call of its own that it has no estimate for.
-        estimated_seconds=program.cost_analysis()["optimal_seconds"] % 1.0,
+        estimated_seconds=estimated_seconds(program),
         kernels=_counted(_KERNEL.findall(text)),
         collectives=collectives(text),
     )
@@ -116,28 +93,3 @@ def collectives(text: str) -> dict[str, int]:
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(collections.Counter(names).items()))
-
-
-def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
-    model = prepare(abstract(config, mesh=mesh, impl="tpu"))
-    return fill(model, leaves(model))  # with shardings over the mesh's devices
-
-
-def _cache(config: ModelConfig, mesh: Mesh, *, batch: int, chunk: int) -> Cache:
-    def create() -> Cache:
-        return Cache.create(config, batch=batch, max_length=CONTEXT, max_chunk=chunk)
-
-    with ambient_mesh(mesh):
-        shapes = jax.eval_shape(create)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)),
-        shapes,
-    )
-
-
-def _rows(mesh: Mesh, batch: int) -> jax.ShapeDtypeStruct:
-    return _array(mesh, (batch,), jnp.int32, "data")
-
-
-def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
