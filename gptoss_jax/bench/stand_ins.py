@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.bench.roofline import Stage
 from gptoss_jax.model.transformer import Transformer
-from pallas_kernels import attention, experts, projections
+from pallas_kernels import attention, exchange, experts, projections
 from pallas_kernels.exchange import Parts
 from pallas_kernels.projections import HeadWeights
 
@@ -69,6 +69,32 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
     finally:
         for stage, backends in real.items():
             tables[stage].update(backends)
+
+
+@contextlib.contextmanager
+def alone(model: Transformer) -> Iterator[Transformer]:
+    """`without` for the sums over devices: each device goes on with its own part, which keeps all of its other work.
+
+    What the devices tell each other of the tokens that they found stays: one gather a step.
+    """
+    tables = exchange.BACKENDS, projections.BACKENDS["output"]
+    real = [dict(table) for table in tables]
+
+    def own(run: Callable[..., Any]) -> Callable[..., Any]:
+        def unsummed(*args: Any, axes: Any, mailboxes: Any) -> tuple[Array, Any]:
+            return run(*args, axes=(), mailboxes={})[0], mailboxes
+
+        return unsummed
+
+    variant = nnx.merge(*nnx.split(model))
+    variant.left_out = ("collectives",)  # pyright: ignore[reportAttributeAccessIssue]  # a part of jit's key
+    try:
+        for table in tables:
+            table.update({name: own(run) for name, run in table.items()})
+        yield variant
+    finally:
+        for table, backends in zip(tables, real, strict=True):
+            table.update(backends)
 
 
 def _stand_in(stage: Stage) -> Callable[..., Any]:

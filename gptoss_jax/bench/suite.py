@@ -39,7 +39,8 @@ def check(plan: Plan, config: ModelConfig) -> None:
 def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> Iterator[Row | DoesNotFit]:
     """The rows of a plan as they are measured, kernels first; in place of one that does not fit, why not.
 
-    With `split`, a row is followed by those of the same step with a stage left out.
+    With `split`, a row is followed by those of the same step with a stage left out; with `collectives`, one of decoding
+    by that without the sums over devices.
 
     Raises BenchError for a plan that `check` refuses, or a model whose decoding gives no numbers.
 
@@ -61,6 +62,9 @@ def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> It
     if plan.split:
         split.compile_ahead(model, shapes, plan.prompts, steps=plan.steps)
     decoding, prefilling = (split.decode_rows, split.prefill_rows) if plan.split else (decode_row, prefill_row)
+    if plan.collectives:
+        split.compile_ahead(model, shapes, (), steps=plan.steps, parts=("collectives",))
+        decoding = split.rows_alone
     for shape in shapes:
         yield from _fitting(part(decoding, model, name, ceilings, steps=plan.steps, **shape))
     for num_tokens in plan.prompts:

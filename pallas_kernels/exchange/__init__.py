@@ -32,6 +32,12 @@ def add_parts(
     residual's dtype and added to it in that dtype; all devices of the group have the same bits. Local arrays: call
     inside shard_map, with a concrete mesh if there are mailboxes. Returns the mailboxes for the next sum.
     """
+    return BACKENDS["add_parts"](parts, residual, bias, axes=axes, mailboxes=mailboxes)
+
+
+def _add_parts(
+    parts: Parts, residual: Array, bias: Array | None, *, axes: AxisNames, mailboxes: Mailboxes
+) -> tuple[Array, Mailboxes]:
     num_devices = jax.lax.axis_size(axes) if axes else 1
     mailbox = mailboxes.get(axes)
     if num_devices > 1 and mailbox is not None and mailbox.holds(*residual.shape, senders=num_devices):
@@ -43,3 +49,6 @@ def add_parts(
     if bias is not None:
         total += bias.astype(total.dtype)
     return residual + total.astype(residual.dtype), mailboxes
+
+
+BACKENDS = {"add_parts": _add_parts}
