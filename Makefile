@@ -28,9 +28,9 @@ lint: $(VENV)/installed-dev
 gpu-gate: $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python -m tests.gpu_gate
 
-# Compiles the steps of both models for four generations of TPUs, which need not be there, and refuses more memory or
-# other kernels than tests/tpu_aot/table.json has. In an environment of its own: libtpu takes 0.7 GB.
-# AOT="--layers 2" is quick; a name or part of one, as in AOT=20b-v5e, picks programs.
+# Compiles the steps of both models for four generations of TPUs, which need not be there, and refuses more memory, other
+# kernels or other collectives than tests/tpu_aot/table.json has. In an environment of its own: libtpu takes 0.7 GB.
+# AOT="--layers 2 --jobs 2" is quick; a name or part of one, as in AOT=20b-v5e, picks programs.
 aot: $(TPU_VENV)/installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m tests.tpu_aot $(AOT)
 

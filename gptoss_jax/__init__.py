@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gptoss_jax.chat import Chat
     from gptoss_jax.checkpoint import load
     from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
+    from gptoss_jax.generation.follow import dismiss, follow
     from gptoss_jax.generation.generate import Completion, Token, generate, stream
     from gptoss_jax.generation.sampling import Sampling, SamplingRows
     from gptoss_jax.generation.steps import decode, prefill, start
@@ -29,6 +30,8 @@ _HOMES = {
     "Transformer": "model.transformer",
     "build": "model.transformer",
     "decode": "generation.steps",
+    "dismiss": "generation.follow",
+    "follow": "generation.follow",
     "generate": "generation.generate",
     "gpt_oss_20b": "config",
     "gpt_oss_120b": "config",
@@ -50,6 +53,8 @@ __all__ = [
     "Transformer",
     "build",
     "decode",
+    "dismiss",
+    "follow",
     "generate",
     "gpt_oss_20b",
     "gpt_oss_120b",

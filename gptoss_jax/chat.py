@@ -22,7 +22,7 @@ class Token(Protocol):
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """Writes on from a prompt, up to and with a stop id; gptoss_jax.generation.generate.stream is the real one."""
+    """Writes on from a prompt, up to and with a stop id; gptoss_jax.generation.follow.lead is the real one."""
 
     def __call__(self, model: Any, prompt: Sequence[int], sampling: Any, *, max_new_tokens: int) -> Iterator[Token]: ...
 
@@ -185,9 +185,9 @@ class Chat:
     def _tokens(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
         if self._generate is not None:
             return self._generate(self.model, prompt, self.sampling, max_new_tokens=max_new_tokens)
-        from gptoss_jax.generation.generate import stream  # here, since it loads JAX
+        from gptoss_jax.generation.follow import lead  # here, since it loads JAX
 
-        return stream(self.model, prompt, self.sampling, max_new_tokens=max_new_tokens)
+        return lead(self.model, prompt, self.sampling, max_new_tokens=max_new_tokens)
 
     def _find_tool(self, call: Message) -> Tool | None:
         name = _call_event(call).name

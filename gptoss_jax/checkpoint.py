@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import operator
@@ -15,10 +16,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from gptoss_jax import distributed
 from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest, read_parameters, zarr_metadata
+from gptoss_jax.manifest import CONFIG, MANIFEST, PARAMETERS, read_manifest, read_parameters, zarr_metadata
 from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves, prepare
 from gptoss_jax.parameters import Parameter
 from pallas_kernels.dispatch import Impl
@@ -33,8 +35,8 @@ def load(
     """The model in a converted directory, each parameter read straight onto the devices that hold it.
 
     Without `mesh`, on one device. `dtype` is that of everything but the packed experts: bfloat16 as published, or
-    float32 for exact comparisons. Raises CheckpointError for what is not a whole converted checkpoint, ShardingError
-    for a mesh that does not divide the model.
+    float32 for exact comparisons. Raises CheckpointError for what is not a whole converted checkpoint, or not the same
+    one in every process, ShardingError for a mesh that does not divide the model.
 
     Example:
         >>> model = load("gpt-oss-20b", mesh=make_mesh(expert=2))  # doctest: +SKIP
@@ -42,6 +44,7 @@ def load(
     enable_cache()
     directory = Path(path)
     read_manifest(directory)
+    _check_same(directory)
     model = abstract(ModelConfig.read(directory / CONFIG), mesh=mesh, dtype=dtype, impl=impl)
     return prepare(fill(model, restore(directory, leaves(model))))
 
@@ -78,6 +81,19 @@ def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> di
             ),
         )
     return {path: functools.reduce(operator.getitem, path.split("."), tree) for path in abstract}
+
+
+def _check_same(directory: Path) -> None:
+    """See that the other processes have the same checkpoint, each perhaps on a disk of its own."""
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes() + (directory / CONFIG).read_bytes()).hexdigest()
+    first, *others = distributed.exchange("checkpoint", digest)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise CheckpointError(
+                f"process {index} has another checkpoint than process 0",
+                where=str(directory),
+                fix="give all processes copies of one converted directory",
+            )
 
 
 def _check(stored: Mapping[str, Parameter], abstract: Mapping[str, jax.ShapeDtypeStruct], *, where: str) -> None:

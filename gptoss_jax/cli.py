@@ -9,7 +9,6 @@ import codecs
 import io
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,14 +28,20 @@ from convert.cli import (
 )
 from gptoss_jax.bench.command import add_arguments as add_bench_arguments
 from gptoss_jax.bench.command import run as run_bench
+from gptoss_jax.cli_arguments import (
+    DTYPES,
+    add_placement_arguments,
+    add_sampling_arguments,
+    mesh_of,
+    sampling_of,
+)
+from gptoss_jax.cli_processes import run_together
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
-from gptoss_jax.harmony.conversation import REASONING_LEVELS
 from gptoss_jax.plan.command import add_arguments as add_plan_arguments
 from gptoss_jax.plan.command import run as run_plan
 
 _BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 _NUM_HARMONY_IDS = 201088
-_DTYPES = ("bfloat16", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
-        ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, run_bench),
+        ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, _run_bench),
         ("plan", "what a model would take on devices that need not be there", add_plan_arguments, run_plan),
     ):
         command = commands.add_parser(name, help=summary, allow_abbrev=False)
@@ -91,30 +96,37 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--golden", action="store_true", help="also compare the model's log-probabilities with the published ones"
     )
-    _add_placement_arguments(parser)
+    add_placement_arguments(parser)
 
 
 def _run_verify(options: argparse.Namespace) -> int:
-    if not options.golden:
-        if options.mesh is not None or options.dtype != _DTYPES[0]:
-            raise ShardingError("no model to place", where="--mesh, --dtype", fix="add --golden, or leave them out")
-        return run_verify(options)
+    if options.golden:
+        return run_together(_run_golden, options)
+    if options.mesh is not None or options.dtype != DTYPES[0] or options.coordinator is not None:
+        where = "--mesh, --dtype, --coordinator"
+        raise ShardingError("no model to place", where=where, fix="add --golden, or leave them out")
+    return run_verify(options)
 
+
+def _run_golden(options: argparse.Namespace) -> int:
     import numpy as np
 
     from convert.golden import check, target_for
+    from gptoss_jax import distributed
     from gptoss_jax.config import ModelConfig
     from gptoss_jax.harmony.encoding import encode
     from gptoss_jax.manifest import CONFIG, read_manifest
+    from gptoss_jax.sharding import fetch
 
     read_manifest(options.checkpoint)
     target = target_for(ModelConfig.read(options.checkpoint / CONFIG))
-    run_verify(options)
+    if distributed.is_first():
+        run_verify(options)
     model = _load(options)
     num_rows = model.mesh.shape["data"]  # a batch must divide over it; the rows are equal
 
     def logits(tokens: list[int]) -> np.ndarray:
-        return np.asarray(model(np.array([tokens] * num_rows, np.int32)))[0]
+        return fetch(model(np.array([tokens] * num_rows, np.int32)), model.mesh)[0]
 
     report = check(logits, encode, target)
     print(report)
@@ -140,11 +152,21 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue the text as it stands, harmony's markers in it included, and print all that follows",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/cli.md)")
-    _add_sampling_arguments(parser, max_new_tokens=1024)
-    _add_placement_arguments(parser)
+    add_sampling_arguments(parser, max_new_tokens=1024)
+    add_placement_arguments(parser)
 
 
 def _run_generate(options: argparse.Namespace) -> int:
+    return run_together(_generate, options)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from gptoss_jax.distributed import is_first
+    from gptoss_jax.generation.follow import dismiss, follow
+
+    if not is_first():
+        follow(_load(options))
+        return 0
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt:
         raise PromptError("an empty prompt", where="--prompt", fix="give some text")
@@ -152,7 +174,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     from gptoss_jax.chat import Chat
     from gptoss_jax.harmony.encoding import encode
 
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     began = time.perf_counter()
     model = _load(options)
     load_seconds = time.perf_counter() - began
@@ -175,6 +197,7 @@ def _run_generate(options: argparse.Namespace) -> int:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _print_answer(events)
+    dismiss()
     return 0
 
 
@@ -187,11 +210,11 @@ class _RecordedStream:
         self._times: list[float] = []
 
     def __call__(self, model: Any, prompt: Sequence[int], sampling: Any, *, max_new_tokens: int) -> Iterator[Any]:
-        from gptoss_jax.generation.generate import stream
+        from gptoss_jax.generation.follow import lead
 
         self._prompt = list(prompt)
         self._times.append(time.perf_counter())
-        for token in stream(model, prompt, sampling, max_new_tokens=max_new_tokens):
+        for token in lead(model, prompt, sampling, max_new_tokens=max_new_tokens):
             self._tokens.append(token)
             self._times.append(time.perf_counter())
             yield token
@@ -266,15 +289,24 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a converted directory")
     parser.add_argument("--instructions", "--system", metavar="TEXT", help="how the model shall behave")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each event")
-    _add_sampling_arguments(parser, max_new_tokens=4096)
-    _add_placement_arguments(parser)
+    add_sampling_arguments(parser, max_new_tokens=4096)
+    add_placement_arguments(parser)
 
 
 def _run_chat(options: argparse.Namespace) -> int:
+    return run_together(_chat, options)
+
+
+def _chat(options: argparse.Namespace) -> int:
     from gptoss_jax import chat_terminal
     from gptoss_jax.chat import Chat
+    from gptoss_jax.distributed import is_first
+    from gptoss_jax.generation.follow import dismiss, follow
 
-    sampling = _sampling(options)
+    if not is_first():
+        follow(_load(options))
+        return 0
+    sampling = sampling_of(options)
     chat = Chat(
         _load(options),
         reasoning=options.reasoning,
@@ -283,44 +315,12 @@ def _run_chat(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     chat_terminal.run(chat, json_lines=options.json)
+    dismiss()
     return 0
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--reasoning", choices=REASONING_LEVELS, default="medium", help="effort (default: medium)")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=_at_least_one,
-        default=max_new_tokens,
-        metavar="N",
-        help="bound on one answer, reasoning included (default: %(default)s)",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1, all)")
-    parser.add_argument("--seed", type=int, metavar="N", help="for the same answer again (default: a random one)")
-
-
-def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mesh", metavar="AXES", help="devices, as in expert=2,tensor=1 (default: one device)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of all but the experts")
-
-
-def _at_least_one(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
-def _sampling(options: argparse.Namespace) -> Any:
-    """A `Sampling` whose seed is always known, so that an answer can be had again."""
-    from gptoss_jax.generation.sampling import Sampling
-
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    return Sampling(temperature=options.temperature, top_p=options.top_p, seed=seed)
+def _run_bench(options: argparse.Namespace) -> int:
+    return run_together(run_bench, options)
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -329,8 +329,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     from gptoss_jax.checkpoint import load
 
-    mesh = None if options.mesh is None else _mesh(options.mesh)
-    model = load(options.checkpoint, mesh=mesh, dtype=jnp.dtype(options.dtype))
+    model = load(options.checkpoint, mesh=mesh_of(options), dtype=jnp.dtype(options.dtype))
     if model.config.vocab_size < _NUM_HARMONY_IDS:
         raise CheckpointError(
             f"a vocabulary of {model.config.vocab_size}, harmony needs {_NUM_HARMONY_IDS}",
@@ -338,13 +337,6 @@ def _load(options: argparse.Namespace) -> Any:
             fix="name a gpt-oss model; this one can only be used from Python, with ids",
         )
     return model
-
-
-def _mesh(text: str) -> Any:
-    """The mesh that `expert=2,tensor=1` describes."""
-    from gptoss_jax.sharding import make_mesh, parse_axes
-
-    return make_mesh(**parse_axes(text), devices=None)
 
 
 def _replace_what_cannot_be_written() -> None:

@@ -30,6 +30,10 @@ class ShardingError(GptOssError):
     """A mesh that does not exist or does not divide the model."""
 
 
+class DistributedError(GptOssError):
+    """Processes that do not find each other, do not agree, or end before the others."""
+
+
 class PromptError(GptOssError):
     """A prompt the model cannot take: empty, too long, or with ids outside the vocabulary."""
 

@@ -1,15 +1,19 @@
 """Where a model lives: a mesh of three axes, and two tables from dim letter to mesh axis.
 
-`data` splits the rows of a batch (and the cache's pages with them), `tensor` the attention heads, and `expert` and
-`tensor` together the experts and the vocabulary. The letters are those of gptoss_jax/config.py.
+`data` splits the rows of a batch (and the cache's pages with them), `expert` and `tensor` together the experts, the
+vocabulary and, where there are enough of them, the attention heads. The letters are those of gptoss_jax/config.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
@@ -18,10 +22,14 @@ from gptoss_jax.errors import ShardingError
 MODEL_AXES = ("expert", "tensor")
 AXES = ("data", *MODEL_AXES)
 
-Axes = Mapping[str, str | tuple[str, ...]]
-WEIGHT_AXES: Axes = {"E": MODEL_AXES, "V": MODEL_AXES, "N": "tensor", "K": "tensor"}
-ACTIVATION_AXES: Axes = {"B": "data", "P": "data", "V": MODEL_AXES, "N": "tensor", "K": "tensor"}
+AxisNames = tuple[str, ...]
+Axes = Mapping[str, str | AxisNames]
+WEIGHT_AXES: Axes = {"E": MODEL_AXES, "V": MODEL_AXES}
+ACTIVATION_AXES: Axes = {"B": "data", "P": "data", "V": MODEL_AXES}
+"""Heads, N and K, lie as `head_axes` says, weights and activations alike."""
 REPLICATED: Axes = {}
+DEVICES = P(AXES)
+"""The PartitionSpec of an array with a row for each device."""
 
 
 def spec(dims: str, axes: Axes) -> P:
@@ -34,15 +42,28 @@ def spec(dims: str, axes: Axes) -> P:
     return P(*(axes.get(dim) for dim in dims.split()))
 
 
-def activation(dims: str) -> P:
-    """The PartitionSpec of an activation with these dims."""
-    return spec(dims, ACTIVATION_AXES)
+def activation(dims: str, heads: AxisNames = ()) -> P:
+    """The PartitionSpec of an activation with these dims, `heads` as `head_axes` has them."""
+    return spec(dims, {**ACTIVATION_AXES, "N": heads, "K": heads})
+
+
+def head_axes(num_kv_heads: int, mesh: Mesh | AbstractMesh) -> AxisNames:
+    """The axes that split attention heads: both model axes, or `tensor` alone where there are too few heads for both.
+
+    Example:
+        >>> head_axes(8, make_mesh(expert=1)), head_axes(8, AbstractMesh((1, 16, 2), AXES))
+        (('expert', 'tensor'), ('tensor',))
+    """
+    both = math.prod(mesh.shape.get(axis, 1) for axis in MODEL_AXES)
+    return MODEL_AXES if num_kv_heads % both == 0 else ("tensor",)
 
 
 def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the three axes, over the first data * expert * tensor devices.
 
-    Raises ShardingError if there are too few devices.
+    Neighbours along `tensor`, then along `expert`, are devices of one process where it has enough of them; on a TPU, if
+    the mesh takes all devices, neighbours in its torus. Raises ShardingError if there are too few devices, or some
+    process would have none in the mesh.
 
     Example:
         >>> dict(make_mesh().shape)
@@ -60,8 +81,39 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
             where=f"{len(available)} {available[0].platform} device(s) present",
             fix="choose smaller axes",
         )
-    grid = np.array(available[:count]).reshape(data, expert, tensor)
+    shape, chosen = (data, expert, tensor), available[:count]
+    if devices is None:
+        idle = {device.process_index for device in available} - {device.process_index for device in chosen}
+        if idle:
+            raise ShardingError(
+                f"process {min(idle)} has none of the {count} devices of {sizes}",
+                where=f"{len(available)} {available[0].platform} devices in {jax.process_count()} processes",
+                fix="choose a mesh of all devices (--mesh), or start fewer processes",
+            )
+    if available[0].platform == "tpu" and count == len(available):
+        grid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
+    else:
+        grid = np.array(chosen).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+@contextlib.contextmanager
+def ambient_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make `mesh` the one that shardings refer to, inside a traced function or outside."""
+    token = _CONCRETE.set(mesh)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _CONCRETE.reset(token)
+
+
+def concrete_mesh() -> Mesh | None:
+    """The mesh of `ambient_mesh` with its devices, for kernels that reach into other devices' memory; else None."""
+    return _CONCRETE.get()
+
+
+_CONCRETE: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("concrete_mesh", default=None)
 
 
 def parse_axes(text: str) -> dict[str, int]:
@@ -114,14 +166,31 @@ def check_batch(batch: int, mesh: Mesh) -> None:
         )
 
 
+def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Put a host array, equal in all processes, on the devices of the sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
 def place(rows: Any, mesh: Mesh) -> Any:
-    """Put a pytree of host arrays on the mesh, split by row (their first dim)."""
-    return jax.device_put(rows, NamedSharding(mesh, P("data")))
+    """Put a pytree of host arrays, equal in all processes, on the mesh, split by row (their first dim)."""
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P("data"))), rows)
+
+
+def fetch(arrays: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on the mesh as host arrays, whole, in every process; all of them call this."""
+    return jax.device_get(jax.device_put(arrays, NamedSharding(mesh, P())))
 
 
 def split_rows(rows: Any) -> Any:
     """`place` inside a traced function: split a pytree by row, whatever it was split over before."""
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P("data")), rows)
+
+
+def join_rows(rows: Any) -> Any:
+    """The inverse of `split_rows`: each device gets all rows, so that every process can read them."""
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), rows)
 
 
 def per_row(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,15 @@ Impl = Literal["auto", "reference", "hopper", "tpu"]
 HOPPER_NAMES = ("H100", "H200", "H800", "H20")
 """In the device kinds of NVIDIA's cards with compute capability 9.0; GH200 is one of them."""
 
+TPU_GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+"""By device kind: those that the TPU kernels are compiled for ahead of time (`make aot`)."""
+
+_ELSEWHERE = {
+    "hopper": ("gpu", ", ".join(HOPPER_NAMES)),
+    "tpu": ("other tpu", ", ".join(TPU_GENERATIONS.values())),
+}
+"""By implementation, the platform on which it cannot run, and what it is for instead."""
+
 log = logging.getLogger(__name__)
 
 
@@ -20,14 +29,15 @@ class Unsupported(ValueError):
 
 
 def platform() -> str:
-    """What the current computation is for: "cpu", "tpu", "hopper" (NVIDIA compute capability 9.0), or another "gpu".
+    """What the current computation is for: "cpu", "hopper" (NVIDIA compute capability 9.0) or another "gpu", "tpu" (one
+    of `TPU_GENERATIONS`) or an "other tpu".
 
     That of the ambient mesh's devices where one is set, so that a program can be compiled for a machine that is not
     there; else that of the default device.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.devices()[0]
+    device = _device()
+    if device.platform == "tpu":
+        return "tpu" if device.device_kind in TPU_GENERATIONS else "other tpu"
     if device.platform not in ("gpu", "cuda", "rocm"):
         return device.platform
     return "hopper" if any(name in device.device_kind for name in HOPPER_NAMES) else "gpu"
@@ -44,11 +54,14 @@ def choose(kernel: str, backends: Mapping[str, Callable[..., Any]], impl: str) -
         >>> choose("double", {"reference": lambda x: 2 * x}, "reference")(4)
         8
     """
+    current = platform()
     if impl != "auto":
         if impl not in backends:
             raise Unsupported(f"{kernel}: no implementation {impl!r}, there are {sorted(backends)}")
+        unfit, meant = _ELSEWHERE.get(impl, (None, None))
+        if current == unfit:
+            raise Unsupported(f"{kernel}: the kernels of {impl!r} are for {meant}, not for a {_device().device_kind}")
         return backends[impl]
-    current = platform()
     if current not in backends:
         _warn_once(kernel, f"no kernel for platform {current!r} yet")
         return backends["reference"]
@@ -61,6 +74,11 @@ def choose(kernel: str, backends: Mapping[str, Callable[..., Any]], impl: str) -
         return backends["reference"](*args, **kwargs)
 
     return backend_or_reference
+
+
+def _device() -> Any:
+    """The ambient mesh's abstract device, else the default one; both have a platform and a device kind."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 @functools.cache

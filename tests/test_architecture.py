@@ -17,6 +17,7 @@ FLOORS = {
     "gptoss_jax.parameters": 1,
     "gptoss_jax.manifest": 1,
     "gptoss_jax.sharding": 1,
+    "gptoss_jax.distributed": 1,
     "gptoss_jax.compilation": 1,
     "gptoss_jax.harmony": 1,
     "gptoss_jax.model": 2,
@@ -28,12 +29,17 @@ FLOORS = {
     "convert": 4,
     "gptoss_jax.demo": 5,
     "gptoss_jax.bench": 5,
+    "gptoss_jax.cli_arguments": 5,
+    "gptoss_jax.cli_processes": 5,
     "gptoss_jax.plan": 5,
     "gptoss_jax.cli": 6,
 }
 MAY_PRINT = {"gptoss_jax.cli", "gptoss_jax.demo", "pallas_kernels.tune"}
-# openai-harmony finds its vocabulary through one, libtpu is told through some that no TPU need be looked for.
-MAY_SET_VARIABLES = {"gptoss_jax.harmony.encoding", "gptoss_jax.plan.topologies"}
+MAY_SET_VARIABLES = {
+    "gptoss_jax.harmony.encoding",  # openai-harmony finds its vocabulary through one
+    "gptoss_jax.distributed",  # gRPC learns through one that this machine needs no proxy
+    "gptoss_jax.plan.topologies",  # libtpu learns through some that no TPU need be looked for
+}
 NO_JAX = ("gptoss_jax.harmony", "gptoss_jax.config", "gptoss_jax.errors", "gptoss_jax.parameters")
 
 SOURCES = {

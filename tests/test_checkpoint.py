@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from convert.converter import convert
 from convert.synthetic import parameter_chunks, write_checkpoint
-from gptoss_jax.checkpoint import restore
+from gptoss_jax.checkpoint import load, restore
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.manifest import is_converted
 from gptoss_jax.parameters import Parameter, parameters
@@ -175,6 +175,12 @@ def test_damaged_orbax_metadata_is_named(checkpoint: Path, tmp_path: Path, conte
     refused(copy, {"norm.scale": on_one_device(parameter)}, message + ".*--overwrite")
 
 
+def test_checkpoint_of_another_process_that_differs_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss_jax.distributed.exchange", lambda name, digest: [digest, digest, "another"])
+    with pytest.raises(CheckpointError, match="process 2 has another checkpoint than process 0"):
+        load(checkpoint)
+
+
 def test_complete_conversion_that_was_not_renamed_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "out.partial"))
     refused(copy, {}, "interrupted.*--resume")
@@ -194,7 +200,7 @@ _MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import jax
-from gptoss_jax.checkpoint import restore
+from gptoss_jax.checkpoint import load, restore
 from gptoss_jax.manifest import read_parameters
 
 def peak() -> float:

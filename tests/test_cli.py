@@ -124,7 +124,7 @@ def test_usage_error_is_one_line(arguments: str, message: str, capsys: pytest.Ca
         ("chat nowhere --mesh=", "cannot read '': --mesh: "),
         ("chat nowhere --mesh expert=0", "axis expert has size 0: mesh: "),
         ("chat nowhere --mesh expert=64", "data=1 x expert=64 x tensor=1 needs 64 devices: "),
-        ("verify nowhere --mesh expert=2", "no model to place: --mesh, --dtype: add --golden, or leave them out"),
+        ("verify nowhere --mesh expert=2", "no model to place: --mesh, --dtype, --coordinator: add --golden, or leave"),
         ("verify nowhere --golden", "no such directory: nowhere: "),
         ("inspect nowhere", "no such folder: nowhere: "),
         ("convert nowhere out", "no such folder: nowhere: "),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.bench.plan import Plan
+from gptoss_jax.cli_arguments import add_mesh_argument, add_process_arguments, mesh_of
 from gptoss_jax.errors import BenchError, DoesNotFit
 
 if TYPE_CHECKING:
@@ -40,9 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=plan.steps, metavar="N", help="tokens a dispatch (default: 64)")
     parser.add_argument("--kernels", action="store_true", help="also the kernels alone, over token counts")
     parser.add_argument("--split", action="store_true", help="also what each stage costs: every row without it")
+    parser.add_argument("--collectives", action="store_true", help="also what the sums over devices cost a step")
     parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
+    add_mesh_argument(parser)
+    add_process_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,6 +59,9 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is not None and options.model is not None:
         raise BenchError("a checkpoint and --model", where="--model", fix="give one of the two")
 
+    if options.split and options.collectives:
+        raise BenchError("--split and --collectives", where="--collectives", fix="give one of the two")
+
     from gptoss_jax.bench import memory, plot
 
     if options.plot is not None:
@@ -64,9 +71,11 @@ def run(options: argparse.Namespace) -> int:
     from gptoss_jax.bench import split
     from gptoss_jax.bench.kernels import TOKEN_COUNTS
     from gptoss_jax.bench.report import Table, surroundings, write
+    from gptoss_jax.bench.roofline import Ceilings
     from gptoss_jax.bench.suite import check, measure
     from gptoss_jax.bench.timing import ceilings
     from gptoss_jax.compilation import enable_cache
+    from gptoss_jax.distributed import is_first
 
     name, config = _config(options)
     plan = Plan(
@@ -76,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         kernel_tokens=TOKEN_COUNTS if options.kernels else (),
         steps=options.steps,
         split=options.split,
+        collectives=options.collectives,
     )
     check(plan, config)
     enable_cache()
@@ -87,7 +97,12 @@ def run(options: argparse.Namespace) -> int:
     model = _model(options, config)
     report |= {"weights": "random" if options.checkpoint is None else "checkpoint", "left_out": []}
     table.header()
-    for row in measure(model, name, rates, plan):
+    if options.collectives and model.mesh.size == model.mesh.shape["data"]:
+        raise BenchError("no sums over devices", where="--collectives", fix="split the model: --mesh expert=2, say")
+    devices = model.mesh.size
+    report["mesh"] = dict(model.mesh.shape)
+    together = Ceilings(devices * rates.read_bytes_per_s, devices * rates.dense_flops_per_s)
+    for row in measure(model, name, together, plan):
         if isinstance(row, DoesNotFit):
             report["left_out"].append(str(row))
             table.line(f"left out: {row}")
@@ -97,16 +112,19 @@ def run(options: argparse.Namespace) -> int:
                 table.row(row)
         if limit is not None:
             report["memory"] = memory.held(limit)
-        if options.json is not None:  # after each row: a run that is cut short leaves what it had
+        if options.json is not None and is_first():  # after each row: a run that is cut short leaves what it had
             write(options.json, report, rows)
     if plan.split:
-        for line in split.table(rows, rates):
+        for line in split.table(rows, together):
+            table.line(line)
+    if plan.collectives:
+        for line in split.shares(rows):
             table.line(line)
     table.line(f"compiling took {sum(row.compile_s or 0 for row in rows):.1f} s")
     if limit is not None:
         sizes = (f"{key.removesuffix('_bytes')} {value / _GB:.2f}" for key, value in report["memory"].items())
         table.line(f"memory, GB: {', '.join(sizes)}")
-    if options.plot is not None and rows:
+    if options.plot is not None and rows and is_first():
         plot.draw(options.plot, rows, rates, title=f"gpt-oss {name}, {report['device']}")
     return 0
 
@@ -142,10 +160,10 @@ def _model(options: argparse.Namespace, config: "ModelConfig") -> "Transformer":
     if options.checkpoint is not None:
         from gptoss_jax.checkpoint import load
 
-        return load(options.checkpoint)
+        return load(options.checkpoint, mesh=mesh_of(options))
     from gptoss_jax.bench.weights import random_model
 
-    return random_model(config)
+    return random_model(config, mesh=mesh_of(options))
 
 
 def _head(report: dict[str, Any]) -> str:

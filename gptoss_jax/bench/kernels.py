@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings, attention_work, experts_work
@@ -22,7 +23,7 @@ from gptoss_jax.bench.steps import random_cache, with_lengths
 from gptoss_jax.bench.timing import Times, measure
 from gptoss_jax.config import LayerKind
 from gptoss_jax.model.transformer import Transformer, ambient_mesh
-from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
+from gptoss_jax.sharding import activation
 from pallas_kernels.attention import attention
 
 TOKEN_COUNTS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
@@ -89,7 +90,7 @@ def attention_row(
 def _experts(model: Transformer, xs: Sequence[Any], ids: Sequence[Any], routing: Sequence[Any]) -> list[Any]:
     with ambient_mesh(model.mesh):
         return [
-            layer.experts(*_placed(x, chosen, weights), impl=model.impl)
+            layer.experts(*_placed(x, chosen, weights), residual=x, mailboxes={}, impl=model.impl)[0]
             for layer, x, chosen, weights in zip(model.layers, xs, ids, routing, strict=False)
         ]
 
@@ -98,7 +99,8 @@ def _experts(model: Transformer, xs: Sequence[Any], ids: Sequence[Any], routing:
 def _attention(
     model: Transformer, cache: Any, queries: Sequence[Any], kind: LayerKind, layers: Sequence[int]
 ) -> list[Any]:
-    heads, pool, rows = activation("B T N H"), activation("P K S H"), activation("B T")
+    axes = model.layers[0].attention.axes
+    heads, pool, rows = activation("B T N H", axes), activation("P K S H", axes), activation("B T")
     with ambient_mesh(model.mesh):
         counts = _placed(jnp.ones((queries[0].shape[0],), jnp.int32))[0]
         step = cache.step(kind, counts, 1, model.config)
@@ -106,7 +108,7 @@ def _attention(
             lambda queries, keys, values, step, sinks: attention(
                 queries, keys, values, step.table, step.first, step.last, sinks, impl=model.impl
             ),
-            in_specs=(heads, pool, pool, rows, spec("N", WEIGHT_AXES)),
+            in_specs=(heads, pool, pool, rows, P(axes)),
             out_specs=heads,
             check_vma=False,
         )

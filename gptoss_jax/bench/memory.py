@@ -33,7 +33,7 @@ def hold(limit_bytes: int | float) -> dict[str, int]:
 
 def held(before: dict[str, int]) -> dict[str, int]:
     """`before` with what JAX may take, what it took at most, and what the whole process holds on the card now."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     now = int(nvidia_smi("memory.used") or 0) * _MIB
     return before | {
         "jax_limit_bytes": statistics.get("bytes_limit", 0),

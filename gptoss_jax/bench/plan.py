@@ -17,3 +17,5 @@ class Plan:
     """Tokens a dispatch of decode."""
     split: bool = False
     """Measure every decode and prefill row again with one stage left out, for each stage."""
+    collectives: bool = False
+    """Measure every decode row again without the sums over devices."""

@@ -147,7 +147,7 @@ class Table:
 
 def peak_bytes() -> int | None:
     """The most bytes JAX has held on the default device; None where it keeps no count."""
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     return None if not statistics else statistics.get("peak_bytes_in_use")
 
 

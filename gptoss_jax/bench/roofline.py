@@ -15,7 +15,7 @@ from gptoss_jax.parameters import Parameter, parameters
 Number = int | float
 Stage = Literal["qkv", "attention", "output", "router", "experts", "unembedding"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-Part = Stage | Literal["everything"]
+Part = Stage | Literal["everything", "collectives"]
 """What a step can leave out: a stage, or all of them."""
 _KV_BYTES = 2  # bfloat16
 _PER_PRODUCT = 2  # a multiplication and an addition

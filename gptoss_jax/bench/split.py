@@ -19,7 +19,7 @@ import numpy as np
 from gptoss_jax.bench.launches import count, program_launches
 from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import STAGES, Ceilings, Number, Part, Work, prefill_work, stages
-from gptoss_jax.bench.stand_ins import without
+from gptoss_jax.bench.stand_ins import alone, without
 from gptoss_jax.bench.steps import decode_row, lowered_decode, prefill_row, random_cache, with_lengths
 from gptoss_jax.bench.timing import measure
 from gptoss_jax.errors import BenchError, DoesNotFit
@@ -60,7 +60,23 @@ def prefill_rows(model: Transformer, name: str, ceilings: Ceilings, *, num_token
     return rows
 
 
-def compile_ahead(model: Transformer, shapes: Sequence[dict[str, int]], prompts: Sequence[int], *, steps: int) -> None:
+def rows_alone(model: Transformer, name: str, ceilings: Ceilings, *, batch: int, context: int, steps: int) -> list[Row]:
+    """The ordinary row of decoding, and one without the sums over devices, whose part of the step is the difference."""
+    rows = []
+    for part in (None, "collectives"):
+        with _variant(model, part) as variant:
+            rows.append(decode_row(variant, name, ceilings, batch=batch, context=context, steps=steps, left_out=part))
+    return rows
+
+
+def compile_ahead(
+    model: Transformer,
+    shapes: Sequence[dict[str, int]],
+    prompts: Sequence[int],
+    *,
+    steps: int,
+    parts: Sequence[Part] = _PARTS,
+) -> None:
     """Compile every program that `decode_rows` and `prefill_rows` will run, as many at a time as there are processors.
 
     What cannot be compiled is left to them to report. The shapes' caches are made on the way: the rows' `peak_bytes`
@@ -68,7 +84,7 @@ def compile_ahead(model: Transformer, shapes: Sequence[dict[str, int]], prompts:
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = []
-        for part in (None, *_PARTS):
+        for part in (None, *parts):
             with _variant(model, part) as variant:
                 for shape in shapes:
                     with contextlib.suppress(DoesNotFit, jax.errors.JaxRuntimeError):
@@ -83,6 +99,9 @@ def compile_ahead(model: Transformer, shapes: Sequence[dict[str, int]], prompts:
 def _variant(model: Transformer, part: Part | None) -> Iterator[Transformer]:
     if part is None:
         yield model
+    elif part == "collectives":
+        with alone(model) as variant:
+            yield variant
     else:
         with without(model, stages(part)) as variant:
             yield variant
@@ -167,6 +186,20 @@ def table(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
                 shown = ["-" if number is None else f"{number:.0f}" for number in numbers]
                 lines.append((step + label).ljust(_HEAD_WIDTH) + " ".join(f"{cell:>{_WIDTH}}" for cell in shown))
                 step = " " * len(step)
+    return lines
+
+
+def shares(rows: Sequence[Row]) -> list[str]:
+    """For each step that was measured without its sums over devices: what they take of it."""
+    whole = {(row.phase, row.batch, row.context): row for row in rows if row.left_out is None}
+    lines = []
+    for row in rows:
+        if row.left_out == "collectives":
+            step = whole[row.phase, row.batch, row.context].ms
+            lines.append(
+                f"sums over devices, batch {row.batch}, context {row.context}: "
+                f"{1e3 * (step - row.ms):.0f} us of a step, {1 - row.ms / step:.1%}"
+            )
     return lines
 
 

@@ -30,9 +30,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.bench.roofline import Stage
-from gptoss_jax.errors import BenchError
 from gptoss_jax.model.transformer import Transformer
-from pallas_kernels import attention, experts, projections
+from pallas_kernels import attention, exchange, experts, projections
+from pallas_kernels.exchange import Parts
 from pallas_kernels.projections import HeadWeights
 
 _MIX = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)  # odd numbers of many bits, as of xxHash's
@@ -43,8 +43,7 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
     """A model with the same arrays whose stages are left out wherever it is traced within this block.
 
     Its structure says what is left out, so programs of it and of `model` are never taken for each other; once traced
-    it may run outside of the block too. Not for several threads. Raises BenchError for heads split over devices, whose
-    output does not go through the door.
+    it may run outside of the block too. Not for several threads.
 
     Example:
         >>> from gptoss_jax.bench.weights import random_model
@@ -52,8 +51,6 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
         >>> with without(random_model(gpt_oss_20b()), ["attention"]) as variant:  # doctest: +SKIP
         ...     decode(variant, cache, rows, stop_ids, 64)
     """
-    if model.mesh.shape["tensor"] > 1:
-        raise BenchError("heads split over devices", where="--split", fix="measure it on a mesh with tensor = 1")
     variant = nnx.merge(*nnx.split(model))
     variant.left_out = tuple(sorted(stages))  # pyright: ignore[reportAttributeAccessIssue]  # a part of jit's key
     tables = {
@@ -72,6 +69,32 @@ def without(model: Transformer, stages: Collection[Stage]) -> Iterator[Transform
     finally:
         for stage, backends in real.items():
             tables[stage].update(backends)
+
+
+@contextlib.contextmanager
+def alone(model: Transformer) -> Iterator[Transformer]:
+    """`without` for the sums over devices: each device goes on with its own part, which keeps all of its other work.
+
+    What the devices tell each other of the tokens that they found stays: one gather a step.
+    """
+    tables = exchange.BACKENDS, projections.BACKENDS["output"]
+    real = [dict(table) for table in tables]
+
+    def own(run: Callable[..., Any]) -> Callable[..., Any]:
+        def unsummed(*args: Any, axes: Any, mailboxes: Any) -> tuple[Array, Any]:
+            return run(*args, axes=(), mailboxes={})[0], mailboxes
+
+        return unsummed
+
+    variant = nnx.merge(*nnx.split(model))
+    variant.left_out = ("collectives",)  # pyright: ignore[reportAttributeAccessIssue]  # a part of jit's key
+    try:
+        for table in tables:
+            table.update({name: own(run) for name, run in table.items()})
+        yield variant
+    finally:
+        for table, backends in zip(tables, real, strict=True):
+            table.update(backends)
 
 
 def _stand_in(stage: Stage) -> Callable[..., Any]:
@@ -109,11 +132,17 @@ def _attention(queries: Array, *_: Any, window: int | None = None) -> Array:
 
 
 def _output(
-    attended: Float[Array, "T N H"], weight: Array, bias: Array, residual: Float[Array, "T D"]
-) -> Float[Array, "T D"]:
+    attended: Float[Array, "T N H"],
+    weight: Array,
+    bias: Array,
+    residual: Float[Array, "T D"],
+    *,
+    mailboxes: Any,
+    **_: Any,
+) -> tuple[Float[Array, "T D"], Any]:
     width = residual.shape[1]
     heads = attended.reshape(attended.shape[0], -1)[:, :width]
-    return residual + jnp.pad(heads, ((0, 0), (0, width - heads.shape[1])))
+    return residual + jnp.pad(heads, ((0, 0), (0, width - heads.shape[1]))), mailboxes
 
 
 def _route(
@@ -133,11 +162,11 @@ def _route(
     return x, expert_ids, shares
 
 
-def _experts(x: Array, weights: Any, expert_ids: Array, routing: Array, *, alpha: float, limit: float) -> Array:
+def _experts(x: Array, weights: Any, expert_ids: Array, routing: Array, **_: Any) -> Parts:
     chosen = jnp.where(expert_ids >= 0, routing, 0.0)
     # Term by term: a sum over a dim would be a launch.
     share = functools.reduce(jnp.add, [chosen[:, index : index + 1] for index in range(chosen.shape[1])])
-    return x * share.astype(x.dtype)
+    return Parts((x * share.astype(x.dtype))[:, None])
 
 
 def _unembed(

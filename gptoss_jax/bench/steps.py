@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax import distributed
 from gptoss_jax.bench.launches import count, step_launches
 from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings, Part, decode_work, prefill_work, stages
@@ -18,6 +19,7 @@ from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, start
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, flattened
+from gptoss_jax.sharding import fetch, place, put
 
 _NEVER = np.array([-1], np.int32)  # no id, so no row stops
 _ENDLESS = np.int32(2**30)
@@ -49,7 +51,7 @@ def decode_row(
     rows, shardings = _first_rows(model, batch, seed)
 
     def fresh_rows() -> Any:
-        return jax.tree.map(jax.device_put, rows, shardings)
+        return jax.tree.map(put, rows, shardings)
 
     began = time.perf_counter()
     compiled = decode.lower(passed, with_lengths(cache, lengths), fresh_rows(), _NEVER, steps).compile()
@@ -111,7 +113,7 @@ def lowered_decode(model: Transformer, *, batch: int, context: int, steps: int) 
     held = _held(model, context, steps)
     cache = with_lengths(_empty_cache(model, batch=batch, room=held + steps), np.full((batch,), held, np.int32))
     rows, shardings = _first_rows(model, batch, 0)
-    return decode.lower(flattened(model), cache, jax.tree.map(jax.device_put, rows, shardings), _NEVER, steps)
+    return decode.lower(flattened(model), cache, jax.tree.map(put, rows, shardings), _NEVER, steps)
 
 
 def _held(model: Transformer, context: int, steps: int) -> int:
@@ -161,15 +163,16 @@ def _normal_like(pool: jax.Array, key: jax.Array) -> jax.Array:
 
 def with_lengths(cache: Cache, lengths: np.ndarray) -> Cache:
     """The same pools and tables for rows that hold this many tokens."""
-    return dataclasses.replace(cache, lengths=jax.device_put(lengths, cache.lengths.sharding))
+    return dataclasses.replace(cache, lengths=put(lengths, cache.lengths.sharding))
 
 
 def _first_rows(model: Transformer, batch: int, seed: int) -> tuple[Any, Any]:
     """What `start` makes of random logits, on the host, and where each part of it belongs."""
     logits = np.random.default_rng(seed).standard_normal((batch, model.config.vocab_size), np.float32)
     settings = SamplingRows.of([Sampling(temperature=0.0, seed=row) for row in range(batch)])
-    rows, _ = start(model, jnp.asarray(logits), np.full(batch, _ENDLESS), settings, _NEVER)
-    return jax.device_get(rows), jax.tree.map(lambda leaf: leaf.sharding, rows)
+    logits, remaining, settings = place((logits, np.full(batch, _ENDLESS), settings), model.mesh)
+    rows, _ = start(model, logits, remaining, settings, _NEVER)
+    return fetch(rows, model.mesh), jax.tree.map(lambda leaf: leaf.sharding, rows)
 
 
 def _check(chosen: Any, steps: int) -> None:
@@ -188,7 +191,7 @@ def _temporary_bytes(compiled: Any) -> int | None:
 
 
 def _free_bytes() -> int | None:
-    statistics = jax.devices()[0].memory_stats()
-    if not statistics or "bytes_limit" not in statistics:
-        return None
-    return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    """Of the process that has least; None where the platform does not say."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    own = statistics["bytes_limit"] - statistics["bytes_in_use"] if "bytes_limit" in statistics else None
+    return min((free for free in distributed.exchange("free bytes", own) if free is not None), default=None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from gptoss_jax import distributed
 from gptoss_jax.bench import split
 from gptoss_jax.bench.kernels import attention_row, expert_rows
 from gptoss_jax.bench.plan import Plan
@@ -38,7 +39,8 @@ def check(plan: Plan, config: ModelConfig) -> None:
 def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> Iterator[Row | DoesNotFit]:
     """The rows of a plan as they are measured, kernels first; in place of one that does not fit, why not.
 
-    With `split`, a row is followed by those of the same step with a stage left out.
+    With `split`, a row is followed by those of the same step with a stage left out; with `collectives`, one of decoding
+    by that without the sums over devices.
 
     Raises BenchError for a plan that `check` refuses, or a model whose decoding gives no numbers.
 
@@ -60,6 +62,9 @@ def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> It
     if plan.split:
         split.compile_ahead(model, shapes, plan.prompts, steps=plan.steps)
     decoding, prefilling = (split.decode_rows, split.prefill_rows) if plan.split else (decode_row, prefill_row)
+    if plan.collectives:
+        split.compile_ahead(model, shapes, (), steps=plan.steps, parts=("collectives",))
+        decoding = split.rows_alone
     for shape in shapes:
         yield from _fitting(part(decoding, model, name, ceilings, steps=plan.steps, **shape))
     for num_tokens in plan.prompts:
@@ -76,6 +81,9 @@ def _fitting(rows: Callable[[], Any]) -> Iterator[Row | DoesNotFit]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         what = str(error).partition("\n")[0]
-        yield DoesNotFit(f"out of memory ({what:.120})", where="the device", fix="leave this row out")
+        too_much = DoesNotFit(f"out of memory ({what:.120})", where="the device", fix="leave this row out")
+        if distributed.num_processes() > 1:  # the others may have had enough, and go on with this row
+            raise too_much from error
+        yield too_much
     else:
         yield from [measured] if isinstance(measured, Row) else measured

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gptoss_jax import distributed
 from gptoss_jax.bench.roofline import Ceilings
 
 _FEWEST, _MOST = 3, 10
@@ -40,7 +41,7 @@ def measure(run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < _WARM_UPS + _FEWEST or (
-        len(times) < _WARM_UPS + _MOST and time.perf_counter() - began < _PATIENCE_SECONDS
+        len(times) < _WARM_UPS + _MOST and distributed.tell(time.perf_counter() - began < _PATIENCE_SECONDS)
     ):
         ready = jax.block_until_ready(prepare())
         started = time.perf_counter()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gptoss_jax import distributed
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import PromptError, SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
@@ -119,17 +120,24 @@ def stream(
     """Continue one prompt as `generate` does, yielding each token as it comes.
 
     Several tokens are decoded per dispatch, as many as keep the stream smooth: one on a machine that takes long for
-    each, up to 32 on a fast one. Bad input raises at the first `next`.
+    each, up to 32 on a fast one. Bad input raises at the first `next`. Where several processes read the same stream,
+    process 0 sets the pace, and decides whether it stops before its end: by closing the iterator.
     """
     run = _Run(model, [prompt], [sampling or Sampling()], max_new_tokens, stop_ids, top_logprobs)
-    yield from run.first[0]
     steps = 1
-    while run.running:
-        began = time.perf_counter()
-        tokens = run.more(steps)[0]
-        elapsed = time.perf_counter() - began  # before yielding: what the caller does meanwhile is no measure
-        yield from tokens
-        steps = min(2 * steps, _MAX_STREAM_STEPS) if elapsed < _STREAM_SECONDS else max(1, steps // 2)
+    try:
+        yield from run.first[0]
+        while run.running:
+            began = time.perf_counter()
+            if (steps := distributed.tell(steps)) == 0:
+                return
+            tokens = run.more(steps)[0]
+            elapsed = time.perf_counter() - began  # before yielding: what the caller does meanwhile is no measure
+            yield from tokens
+            steps = min(2 * steps, _MAX_STREAM_STEPS) if elapsed < _STREAM_SECONDS else max(1, steps // 2)
+    finally:
+        if run.running and distributed.is_first():
+            distributed.tell(0)  # the caller reads on no more: nor do the others
 
 
 class _Run:
@@ -216,9 +224,12 @@ def prefill_chunk(model: Transformer, batch: int, *, limit: int | None = None) -
 
 
 def _memory_limit(mesh: Mesh) -> int | None:
-    """What JAX may take of a device's memory; None where the platform does not say, or no device is here."""
+    """What JAX may take of a device's memory, the least over the processes; None where the platform does not say, or no
+    device is here."""
     statistics = [device.memory_stats() or {} for device in mesh.local_devices[:1]]
-    return statistics[0].get("bytes_limit") if statistics else None
+    own = statistics[0].get("bytes_limit") if statistics else None
+    limits = distributed.exchange("memory limit", own)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """How the next token is chosen: greedy or drawn, with top-k, top-p and min-p, from one seed per request."""
 
 import dataclasses
+import functools
 import math
 import secrets
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gptoss_jax import distributed
 from gptoss_jax.errors import SamplingError
 
 Method = Literal["greedy", "draw", "cut"]
@@ -81,8 +83,10 @@ class SamplingRows:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
-        """One row per sampling, on the host; a missing seed is drawn here."""
+        """One row per sampling, on the host; a missing seed is drawn here, in process 0 for all."""
         seeds = [secrets.randbits(32) if sampling.seed is None else sampling.seed for sampling in samplings]
+        if any(sampling.seed is None for sampling in samplings):
+            seeds = distributed.tell(seeds)
         return cls(
             temperature=np.array([sampling.temperature for sampling in samplings], np.float32),
             top_k=np.array([sampling.top_k for sampling in samplings], np.int32),
@@ -94,20 +98,30 @@ class SamplingRows:
 
 
 def sample(
-    logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token per row, and the logarithm of the sum of its exponentiated logits: both from one pass over them.
+    logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"], *, axes: tuple[str, ...] = ()
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+    """One token per row, its logit, and the logarithm of the sum of all exponentiated logits.
 
-    `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key.
+    `drawn[b]` counts the row's tokens so far: with the seed it makes the row's random key. Along mesh axes `axes` the
+    devices have consecutive parts of the vocabulary, and only what each found travels; a row that cuts needs all of it.
     """
-    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % _PIECE)), constant_values=-jnp.inf)
-    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    summary = _scores(logits, rows, drawn), tokens, jnp.maximum(logits, _LOWEST), jnp.ones_like(logits)
-    summary = tuple(part.reshape(part.shape[0], -1, _PIECE) for part in summary)
+    local_size, offset = logits.shape[1], None
+    num_parts = jax.lax.axis_size(axes) if axes else 1
+    if num_parts > 1:
+        offset = jax.lax.axis_index(axes) * local_size
+    padded = jnp.pad(logits, ((0, 0), (0, -local_size % _PIECE)), constant_values=-jnp.inf)
+    tokens = jax.lax.broadcasted_iota(jnp.int32, padded.shape, 1)
+    scores = _scores(padded, rows, drawn, offset, num_parts)
+    pieces = scores, tokens, jnp.maximum(padded, _LOWEST), jnp.ones_like(padded)
+    pieces = tuple(part.reshape(part.shape[0], -1, _PIECE) for part in pieces)
     for dim in (2, 1):
-        summary = jax.lax.reduce(summary, (-np.float32(np.inf), np.int32(0), _LOWEST, np.float32(0)), _merged, (dim,))
-    _, token, largest, total = summary
-    return token, largest + jnp.log(total)
+        pieces = jax.lax.reduce(pieces, (-np.float32(np.inf), np.int32(0), _LOWEST, np.float32(0)), _merged, (dim,))
+    score, token, largest, total = pieces
+    logit = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    if offset is not None:
+        found = score, token + offset, largest, total, logit
+        score, token, largest, total, logit = functools.reduce(_merged_parts, _gathered(found, axes, num_parts))
+    return token, logit, largest + jnp.log(total)
 
 
 _Summary = tuple[Array, Array, Array, Array]
@@ -120,7 +134,7 @@ def _merged(one: _Summary, two: _Summary) -> _Summary:
     Logits are finite here, so that any two differ by a number.
     """
     (score_one, token_one, largest_one, total_one), (score_two, token_two, largest_two, total_two) = one, two
-    one_wins = (score_one > score_two) | ((score_one == score_two) & (token_one < token_two)) | jnp.isnan(score_one)
+    one_wins = _wins(score_one, token_one, score_two, token_two)
     one_is_larger = largest_one > largest_two
     scale = jnp.exp(-jnp.abs(largest_one - largest_two))
     return (
@@ -131,15 +145,46 @@ def _merged(one: _Summary, two: _Summary) -> _Summary:
     )
 
 
-def _scores(logits: Float[Array, "B V"], rows: SamplingRows, drawn: Int[Array, " B"]) -> Float[Array, "B V"]:
-    """What each row's choice is the largest of. The noise of a token does not depend on how many follow it."""
+def _wins(score_one: Array, token_one: Array, score_two: Array, token_two: Array) -> Array:
+    return (score_one > score_two) | ((score_one == score_two) & (token_one < token_two)) | jnp.isnan(score_one)
+
+
+def _merged_parts(one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`_merged` for summaries that have the best token's logit as well."""
+    logit = jnp.where(_wins(*one[:2], *two[:2]), one[4], two[4])
+    return (*_merged((one[0], one[1], one[2], one[3]), (two[0], two[1], two[2], two[3])), logit)
+
+
+def _gathered(found: tuple[Array, ...], axes: tuple[str, ...], num_parts: int) -> list[tuple[Array, ...]]:
+    """What each device found, brought to all of them as one array of bits."""
+    bits = jnp.stack([jax.lax.bitcast_convert_type(part, jnp.int32) for part in found], axis=1)
+    everyone = jax.lax.all_gather(bits, axes)
+    return [
+        tuple(jax.lax.bitcast_convert_type(everyone[device, :, field], part.dtype) for field, part in enumerate(found))
+        for device in range(num_parts)
+    ]
+
+
+def _scores(
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    drawn: Int[Array, " B"],
+    offset: Int[Array, ""] | None,
+    num_parts: int,
+) -> Float[Array, "B V"]:
+    """What each row's choice is the largest of. The noise of a token does not depend on how many follow it.
+
+    Where the vocabulary is split, these logits are those of one of `num_parts`, from token `offset` on.
+    """
     if rows.method == "greedy":
         return logits
     random = rows.temperature[:, None] > 0
     scaled = logits / jnp.where(random, rows.temperature[:, None], 1.0)
     if rows.method == "cut":
         scaled = jnp.where(_kept(scaled, rows), scaled, -jnp.inf)
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, drawn, logits.shape[-1])
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(rows.seed, drawn, num_parts * logits.shape[1])
+    if offset is not None:  # XLA computes no more than the slice
+        noise = jax.lax.dynamic_slice_in_dim(noise, offset, logits.shape[1], axis=1)
     return jnp.where(random & (logits > -jnp.inf), scaled + noise, logits)  # -inf stays, whatever the temperature
 
 

@@ -12,7 +12,7 @@ from gptoss_jax.errors import CacheError
 from gptoss_jax.generation.sampling import SamplingRows, sample
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, ambient_mesh
-from gptoss_jax.sharding import activation, per_row, split_rows
+from gptoss_jax.sharding import MODEL_AXES, activation, join_rows, per_row, split_rows
 
 DECODE_BUFFER = 256
 """The most tokens one dispatch of `decode` can return per row."""
@@ -28,14 +28,17 @@ class Rows:
     drawn: Any
     """Tokens chosen so far."""
     remaining: Any
-    """Tokens it may still choose; 0 once it has stopped."""
+    """Tokens it may still choose; 0 once it has stopped. Every device has those of all rows, as of `Chosen`."""
     sampling: SamplingRows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Newly chosen tokens, a column per step. A row's first `counts` columns are meant, the rest is filler."""
+    """Newly chosen tokens, a column per step. A row's first `counts` columns are meant, the rest is filler.
+
+    Every device has those of all rows: each process reads them.
+    """
 
     ids: Any
     """`B steps`."""
@@ -84,7 +87,7 @@ def prefill(
         )
     with ambient_mesh(model.mesh):
         tokens, counts = split_rows((tokens, counts))
-        hidden, cache = model.advance(tokens, counts, cache)
+        hidden, cache = model.advance(tokens, counts, cache.met())
         return model.logits(per_row(_last_token)(hidden, counts))[:, 0], cache
 
 
@@ -102,9 +105,9 @@ def start(
     with ambient_mesh(model.mesh):
         remaining, sampling = split_rows((remaining, sampling))
         rows = Rows(last=remaining, drawn=jnp.zeros_like(remaining), remaining=remaining, sampling=sampling)
-        column, _ = per_row(functools.partial(_choose, num_top=num_top))(logits, sampling, rows.drawn)
+        column, _ = _choose(logits, sampling, rows.drawn, num_top=num_top)
         chosen = per_row(_unpacked)(column, (remaining > 0).astype(jnp.int32))
-        return _after(rows, chosen, stop_ids), chosen
+        return _after(rows, chosen, stop_ids), join_rows(chosen)
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames="num_top")
@@ -132,7 +135,7 @@ def decode(
         before = dataclasses.replace(state.cache, lengths=lengths + taken)
         hidden, after = model.advance(split_rows(tokens), active, before)
         logits = model.logits(hidden)[:, 0]
-        column, token = per_row(functools.partial(_choose, num_top=num_top))(logits, rows.sampling, drawn + taken)
+        column, token = _choose(logits, rows.sampling, drawn + taken, num_top=num_top)
         taken += active
         allowed = jnp.where(_is_stop(token, stop_ids), taken, state.allowed)
         return _State(
@@ -144,15 +147,16 @@ def decode(
         )
 
     with ambient_mesh(model.mesh):
+        rows = split_rows(rows)
         fixed = jnp.stack([cache.lengths, rows.drawn])
         shape = rows.last.shape[0], 1 + DECODE_BUFFER, 2 * (1 + num_top)
         columns = jnp.zeros(shape, jnp.int32, out_sharding=activation("B")).at[:, 0, 0].set(rows.last)
         allowed = jnp.minimum(rows.remaining, jnp.minimum(limit, DECODE_BUFFER))
-        state = _State(jnp.any(allowed > 0), jnp.zeros_like(allowed), allowed, columns, cache)
+        state = _State(jnp.any(allowed > 0), jnp.zeros_like(allowed), allowed, columns, cache.met())
         state = jax.lax.while_loop(lambda state: state.going, body, state)
         chosen = per_row(_unpacked)(state.columns[:, 1:], state.taken)
         cache = dataclasses.replace(state.cache, lengths=cache.lengths + state.taken)
-        return _after(rows, chosen, stop_ids), chosen, cache
+        return _after(rows, chosen, stop_ids), join_rows(chosen), cache
 
 
 def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
@@ -162,14 +166,24 @@ def _last_token(hidden: Float[Array, "B T D"], counts: Int[Array, " B"]) -> Floa
 def _choose(
     logits: Float[Array, "B V"], sampling: SamplingRows, drawn: Int[Array, " B"], *, num_top: int
 ) -> tuple[Int[Array, "B 1 fields"], Int[Array, " B"]]:
-    """One more token a row, as the column that `_unpacked` reads and by itself."""
-    token, log_total = sample(logits, sampling, drawn)
-    top_logits, top_ids = _best(logits, num_top)
-    ids = jnp.concatenate([token[:, None], top_ids], axis=1)
-    logprobs = jnp.concatenate([jnp.take_along_axis(logits, token[:, None], axis=1), top_logits], axis=1)
-    logprobs -= log_total[:, None]
-    column = jnp.concatenate([ids, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=1)
-    return column[:, None], token
+    """One more token a row, as the column that `_unpacked` reads and by itself.
+
+    Each device looks at its part of the vocabulary; a cut, and the most probable tokens, need all of it in one place.
+    """
+    whole = num_top > 0 or sampling.method == "cut"
+
+    def choose(logits: Array, sampling: SamplingRows, drawn: Array) -> tuple[Array, Array]:
+        token, logit, log_total = sample(logits, sampling, drawn, axes=() if whole else MODEL_AXES)
+        top_logits, top_ids = _best(logits, num_top)
+        ids = jnp.concatenate([token[:, None], top_ids], axis=1)
+        logprobs = jnp.concatenate([logit[:, None], top_logits], axis=1) - log_total[:, None]
+        column = jnp.concatenate([ids, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=1)
+        return column[:, None], token
+
+    split = activation("B" if whole else "B V")
+    rows = activation("B")
+    placed = jax.sharding.reshard(logits, split), *split_rows((sampling, drawn))
+    return jax.shard_map(choose, in_specs=(split, rows, rows), out_specs=rows, check_vma=False)(*placed)
 
 
 def _unpacked(columns: Int[Array, "B steps fields"], counts: Int[Array, " B"]) -> Chosen:
@@ -197,11 +211,12 @@ def _after(rows: Rows, chosen: Chosen, stop_ids: Int[Array, " stops"]) -> Rows:
     """The rows once these tokens have been chosen; those that had stopped stay as they were."""
     some = chosen.counts > 0
     last = jnp.where(some, per_row(_newest)(chosen.ids, chosen.counts), rows.last)
+    stopped = some & _is_stop(last, stop_ids)
     return dataclasses.replace(
         rows,
         last=last,
         drawn=rows.drawn + chosen.counts,
-        remaining=jnp.where(some & _is_stop(last, stop_ids), 0, jnp.maximum(rows.remaining - chosen.counts, 0)),
+        remaining=join_rows(jnp.where(stopped, 0, jnp.maximum(rows.remaining - chosen.counts, 0))),
     )
 
 

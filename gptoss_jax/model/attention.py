@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.cache import Step
 from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, exchange, parameter
-from gptoss_jax.sharding import WEIGHT_AXES, activation, spec
+from gptoss_jax.sharding import AxisNames, activation, head_axes
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
+from pallas_kernels.exchange import Mailboxes
 from pallas_kernels.projections import HeadWeights, joined, joins, project_to_cache
 
 
@@ -21,11 +23,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
         width, head_dim = config.hidden_size, config.head_dim
-        self.query = HeadProjection("N", config.num_heads, head_dim, width, dtype=dtype, rngs=rngs)
-        self.key = HeadProjection("K", config.num_kv_heads, head_dim, width, dtype=dtype, rngs=rngs)
-        self.value = HeadProjection("K", config.num_kv_heads, head_dim, width, dtype=dtype, rngs=rngs)
-        self.sinks = parameter(rngs, "N", (config.num_heads,), dtype=dtype)
-        self.output = OutputProjection(width, config.num_heads, head_dim, dtype=dtype, rngs=rngs)
+        axes = self.axes = head_axes(config.num_kv_heads, jax.sharding.get_abstract_mesh())
+        self.query = HeadProjection(config.num_heads, head_dim, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.key = HeadProjection(config.num_kv_heads, head_dim, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.value = HeadProjection(config.num_kv_heads, head_dim, width, axes=axes, dtype=dtype, rngs=rngs)
+        self.sinks = parameter(rngs, "N", (config.num_heads,), dtype=dtype, axes={"N": axes})
+        self.output = OutputProjection(width, config.num_heads, head_dim, axes=axes, dtype=dtype, rngs=rngs)
 
     @property
     def heads(self) -> tuple[HeadWeights, ...]:
@@ -38,7 +41,7 @@ class Attention(nnx.Module):
         published = self.heads
         if len(published) == 1 or not joins(impl=impl):
             return
-        weights = exchange(_joined, *published)
+        weights = exchange(functools.partial(_joined, axes=self.axes), *published)
         self.joined = self.query
         self.joined.weight.set_value(weights.weight)
         self.joined.bias.set_value(weights.bias)
@@ -53,23 +56,24 @@ class Attention(nnx.Module):
         keys: Float[Array, "P K slots W"],
         values: Float[Array, "P K slots W"],
         step: Step,
+        mailboxes: Mailboxes,
         impl: Impl,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"], Mailboxes]:
         """x with attention over its norm added, and the layer's pools with the new keys and values in them."""
-        rows, pool = activation("B"), activation("P K S H")
+        rows, pool, heads = activation("B"), activation("P K S H", self.axes), P(self.axes)
         attended, keys, values = jax.shard_map(
             functools.partial(_project_write_attend, eps=norm.eps, impl=impl),
             in_specs=(
                 rows,
-                spec("D", WEIGHT_AXES),
-                spec("N", WEIGHT_AXES),
+                P(),
+                heads,
                 rows,
                 pool,
                 pool,
                 rows,
-                spec("N", WEIGHT_AXES),
+                heads,
             ),
-            out_specs=(activation("B T N H"), pool, pool),
+            out_specs=(activation("B T N H", self.axes), pool, pool),
             check_vma=False,
         )(
             x,
@@ -81,7 +85,8 @@ class Attention(nnx.Module):
             step,
             self.sinks[...],
         )
-        return self.output(attended, residual=x, impl=impl), keys, values
+        x, mailboxes = self.output(attended, residual=x, mailboxes=mailboxes, impl=impl)
+        return x, keys, values, mailboxes
 
 
 def _project_write_attend(
@@ -116,8 +121,8 @@ def _project_write_attend(
     return attended, keys, values
 
 
-@jax.jit
-def _joined(*parts: HeadWeights) -> HeadWeights:
+@functools.partial(jax.jit, static_argnames="axes")
+def _joined(*parts: HeadWeights, axes: AxisNames) -> HeadWeights:
     """One part of all heads; each device joins its own, so that they stay where they are."""
-    heads = spec("N", WEIGHT_AXES)
+    heads = P(axes)
     return jax.shard_map(joined, in_specs=heads, out_specs=heads, check_vma=False)(*parts)

@@ -6,6 +6,7 @@ all that tells the two kinds apart, so writing, reading and masking are one code
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -15,11 +16,15 @@ from jaxtyping import Array, Int
 
 from gptoss_jax.config import LayerKind, ModelConfig
 from gptoss_jax.errors import CacheError
-from gptoss_jax.sharding import activation, check_batch, per_row
+from gptoss_jax.sharding import DEVICES, MODEL_AXES, AxisNames, activation, check_batch, head_axes, per_row
 from pallas_kernels.attention import pool_width
+from pallas_kernels.dispatch import platform
+from pallas_kernels.exchange import MOST_TOKENS, Mailbox, Mailboxes
 
 PAGE_SLOTS = 64
 """Tokens in a page."""
+_FEWEST_MAILED = 16
+"""Tokens that a mailbox holds at least: the shortest chunk of a prompt."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +68,9 @@ class Cache:
     """Per layer kind `B pages`: the page numbers of each row, counted within the row's own data shard."""
     lengths: Any
     """`B`: tokens held so far."""
+    mailboxes: Mailboxes
+    """Where devices that share a layer's sums leave their parts for each other, by the axes that they span; empty where
+    the compiler's all-reduce does it."""
     max_length: int = dataclasses.field(metadata={"static": True})
     """Places for tokens that a row has, in whole pages."""
     max_chunk: int = dataclasses.field(metadata={"static": True})
@@ -109,8 +117,10 @@ class Cache:
         ambient = jax.sharding.get_abstract_mesh()
         rows_in_shard = batch // ambient.shape.get("data", 1)
 
+        heads = head_axes(config.num_kv_heads, ambient)
+
         def zeros(dims: str, shape: tuple[int, ...], dtype: Any) -> Array:
-            return jnp.zeros(shape, dtype, out_sharding=None if ambient.empty else activation(dims))
+            return jnp.zeros(shape, dtype, out_sharding=None if ambient.empty else activation(dims, heads))
 
         width = pool_width(config.head_dim)
 
@@ -129,6 +139,7 @@ class Cache:
             values=pools(),
             tables={kind: table(widths[kind]) for kind in sorted(set(config.layer_kinds))},
             lengths=zeros("B", (batch,), jnp.int32),
+            mailboxes=_mailboxes(config, rows_in_shard, dtype),
             max_length=all_pages * PAGE_SLOTS,  # in whole pages: lengths of equal shapes share programs
             max_chunk=max_chunk,
         )
@@ -142,6 +153,17 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of keys and values, over all devices."""
         return sum(pool.size * pool.dtype.itemsize for pool in (*self.keys, *self.values))
+
+    def met(self) -> "Cache":
+        """The same cache once every device that mails parts of sums has come to this program. Needs an ambient mesh."""
+
+        def meet(mailboxes: Mailboxes) -> Mailboxes:
+            return {axes: mailbox.met(axes) for axes, mailbox in mailboxes.items()}
+
+        if not self.mailboxes:
+            return self
+        met = jax.shard_map(meet, in_specs=DEVICES, out_specs=DEVICES, check_vma=False)(self.mailboxes)
+        return dataclasses.replace(self, mailboxes=met)
 
     def step(self, kind: LayerKind, counts: Int[Array, " B"], num_tokens: int, config: ModelConfig) -> Step:
         """Plan the addition of `counts[b]` tokens to each row, out of a chunk of `num_tokens` (the rest is padding)."""
@@ -174,6 +196,23 @@ class Cache:
             )
 
         return per_row(plan)(self.tables[kind], self.lengths, counts)
+
+
+def _mailboxes(config: ModelConfig, rows: int, dtype: Any) -> Mailboxes:
+    """Empty mailboxes for steps of so many rows, where GPUs of one process share a layer's sums."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or platform() != "hopper" or dtype != jnp.bfloat16 or jax.process_count() > 1:
+        return {}
+
+    def empty(axes: AxisNames) -> Mailbox:
+        senders = math.prod(mesh.shape[axis] for axis in axes)
+        shape = Mailbox.shape(min(max(rows, _FEWEST_MAILED), MOST_TOKENS), config.hidden_size, senders=senders)
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((mesh.size, *leaf.shape[1:]), leaf.dtype, out_sharding=DEVICES), shape
+        )
+
+    groups = head_axes(config.num_kv_heads, mesh), MODEL_AXES
+    return {axes: empty(axes) for axes in groups if any(mesh.shape[axis] > 1 for axis in axes)}
 
 
 _create_on_mesh = jax.jit(Cache.create, static_argnums=0, static_argnames=("batch", "max_length", "max_chunk", "dtype"))

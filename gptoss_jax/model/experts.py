@@ -10,9 +10,18 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.layers import exchange, parameter
-from gptoss_jax.sharding import MODEL_AXES, WEIGHT_AXES, activation, spec
+from gptoss_jax.sharding import DEVICES, MODEL_AXES, WEIGHT_AXES, Axes, activation, concrete_mesh, spec
 from pallas_kernels.dispatch import Impl
-from pallas_kernels.experts import ExpertWeights, PreparedExperts, experts, preparable, prepare
+from pallas_kernels.exchange import Mailboxes, add_parts
+from pallas_kernels.experts import (
+    ExpertWeights,
+    HopperExperts,
+    PreparedExperts,
+    expert_parts,
+    preparable,
+    prepare,
+    prepared_order,
+)
 from pallas_kernels.mxfp4 import BLOCK, BLOCK_BYTES, MXFP4
 
 _INIT_SCALE_BYTE = 121  # 2**-6: codes average about 3 in magnitude, so values about 0.05
@@ -79,29 +88,72 @@ class Experts(nnx.Module):
         self.order = type(prepared)
 
     def __call__(
-        self, x: Float[Array, "B T D"], expert_ids: Int[Array, "B T A"], routing: Float[Array, "B T A"], *, impl: Impl
-    ) -> Float[Array, "B T D"]:
-        def run(x: Array, weights: ExpertWeights | PreparedExperts, expert_ids: Array, routing: Array) -> Array:
-            local_ids = expert_ids - jax.lax.axis_index(MODEL_AXES) * weights.num_experts
-            y = experts(
+        self,
+        x: Float[Array, "B T D"],
+        expert_ids: Int[Array, "B T A"],
+        routing: Float[Array, "B T A"],
+        *,
+        residual: Float[Array, "B T D"],
+        mailboxes: Mailboxes,
+        impl: Impl,
+    ) -> tuple[Float[Array, "B T D"], Mailboxes]:
+        """The residual stream with what the chosen experts say about x added."""
+        axes = expert_axes(self.order)["E"]
+
+        def run(
+            x: Array,
+            weights: ExpertWeights | PreparedExperts,
+            expert_ids: Array,
+            routing: Array,
+            residual: Array,
+            mailboxes: Mailboxes,
+        ) -> tuple[Array, Mailboxes]:
+            count = jax.lax.axis_size(axes)
+            first = (jax.lax.axis_index(axes) * weights.num_experts).reshape(1) if count > 1 else None
+            parts = expert_parts(
                 x.reshape(-1, x.shape[-1]),
                 weights,
-                local_ids.reshape(-1, local_ids.shape[-1]),
+                expert_ids.reshape(-1, expert_ids.shape[-1]),
                 routing.reshape(-1, routing.shape[-1]),
                 alpha=self.alpha,
                 limit=self.limit,
+                first_expert=first,
+                total_experts=weights.num_experts * count,
                 impl=impl,
             )
-            return jax.lax.psum(y, MODEL_AXES).reshape(x.shape)
+            stream = residual.reshape(-1, residual.shape[-1])
+            stream, mailboxes = add_parts(parts, stream, axes=MODEL_AXES, mailboxes=mailboxes)
+            return stream.reshape(residual.shape), mailboxes
 
         rows = activation("B")
-        return jax.shard_map(run, in_specs=(rows, spec("E", WEIGHT_AXES), rows, rows), out_specs=rows, check_vma=False)(
-            x, self.weights, expert_ids, routing
-        )
+        return jax.shard_map(
+            run,
+            mesh=concrete_mesh(),
+            in_specs=(rows, _placement(self.order), rows, rows, rows, DEVICES),
+            out_specs=(rows, DEVICES),
+            check_vma=False,
+        )(x, self.weights, expert_ids, routing, residual, mailboxes)
+
+
+def expert_axes(order: type[PreparedExperts] | None) -> Axes:
+    """Which mesh axes split the experts (E), and the width of each (F).
+
+    On Hopper `tensor` cuts every expert's width, so that a token keeps all devices along it equally busy; elsewhere
+    experts are whole and both model axes share them out, as in a checkpoint.
+    """
+    return {"E": "expert", "F": "tensor"} if order is HopperExperts else WEIGHT_AXES
+
+
+def _placement(order: type[PreparedExperts] | None) -> Any:
+    """The PartitionSpecs of a layer's expert weights in a backend's order."""
+    axes = expert_axes(order)
+    if order is HopperExperts:
+        return jax.tree.map(lambda dims: spec(dims, axes), HopperExperts.dims())
+    return spec("E", axes)
 
 
 @functools.partial(jax.jit, static_argnames="impl")
 def _rearrange(weights: ExpertWeights, *, impl: Impl) -> Any:
-    split = spec("E", WEIGHT_AXES)
-    run = functools.partial(prepare, impl=impl)
-    return jax.shard_map(run, in_specs=(split,), out_specs=split, check_vma=False)(weights)
+    run = functools.partial(prepare, axis="tensor", impl=impl)
+    order = prepared_order(impl=impl)
+    return jax.shard_map(run, in_specs=(_placement(None),), out_specs=_placement(order), check_vma=False)(weights)

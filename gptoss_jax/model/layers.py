@@ -10,10 +10,20 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.sharding import MODEL_AXES, REPLICATED, WEIGHT_AXES, Axes, activation, spec
-from pallas_kernels.dispatch import Impl, Unsupported
+from gptoss_jax.sharding import (
+    DEVICES,
+    MODEL_AXES,
+    REPLICATED,
+    WEIGHT_AXES,
+    Axes,
+    AxisNames,
+    activation,
+    concrete_mesh,
+    spec,
+)
+from pallas_kernels.dispatch import Impl
+from pallas_kernels.exchange import Mailboxes, Parts, add_parts
 from pallas_kernels.projections import output, route, unembed
-from pallas_kernels.projections.reference import multiply
 
 _INIT_SCALE = 0.02
 
@@ -53,40 +63,42 @@ class RMSNorm(nnx.Module):
 class HeadProjection(nnx.Module):
     """Weight and bias from model width to heads, stored [out, in] as published, out split into heads."""
 
-    def __init__(self, heads: str, num_heads: int, head_dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.weight = parameter(rngs, f"{heads} H D", (num_heads, head_dim, width), dtype=dtype)
-        self.bias = parameter(rngs, f"{heads} H", (num_heads, head_dim), dtype=dtype)
+    def __init__(
+        self, num_heads: int, head_dim: int, width: int, *, axes: AxisNames, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        split = {"N": axes}
+        self.weight = parameter(rngs, "N H D", (num_heads, head_dim, width), dtype=dtype, axes=split)
+        self.bias = parameter(rngs, "N H", (num_heads, head_dim), dtype=dtype, axes=split)
 
 
 class OutputProjection(nnx.Module):
     """Heads back to model width, with bias; sums over the devices that hold the heads."""
 
-    def __init__(self, width: int, num_heads: int, head_dim: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.weight = parameter(rngs, "D N H", (width, num_heads, head_dim), dtype=dtype)
+    def __init__(
+        self, width: int, num_heads: int, head_dim: int, *, axes: AxisNames, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.axes = axes
+        self.weight = parameter(rngs, "D N H", (width, num_heads, head_dim), dtype=dtype, axes={"N": axes})
         self.bias = parameter(rngs, "D", (width,), dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T N H"], *, residual: Float[Array, "B T D"], impl: Impl
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "B T N H"], *, residual: Float[Array, "B T D"], mailboxes: Mailboxes, impl: Impl
+    ) -> tuple[Float[Array, "B T D"], Mailboxes]:
         """The residual stream with the projection of x added."""
 
-        def run(x: Array, weight: Array, bias: Array, residual: Array) -> Array:
+        def run(x: Array, weight: Array, bias: Array, residual: Array, mailboxes: Mailboxes) -> tuple[Array, Mailboxes]:
             rows, stream = x.reshape(-1, *x.shape[2:]), residual.reshape(-1, residual.shape[-1])
-            if jax.lax.axis_size("tensor") == 1:
-                return output(rows, weight, bias, stream, impl=impl).reshape(residual.shape)
-            if impl == "hopper":
-                raise Unsupported("output: heads split over devices: parts of one sum are added before it is rounded")
-            product = multiply(rows.reshape(rows.shape[0], -1), weight.reshape(weight.shape[0], -1))
-            y = jax.lax.psum(product, "tensor") + bias.astype(jnp.float32)
-            return residual + y.astype(residual.dtype).reshape(residual.shape)
+            stream, mailboxes = output(rows, weight, bias, stream, axes=self.axes, mailboxes=mailboxes, impl=impl)
+            return stream.reshape(residual.shape), mailboxes
 
         rows = activation("B")
         return jax.shard_map(
             run,
-            in_specs=(activation("B T N H"), spec("D N H", WEIGHT_AXES), P(), rows),
-            out_specs=rows,
+            mesh=concrete_mesh(),
+            in_specs=(activation("B T N H", self.axes), spec("D N H", {"N": self.axes}), P(), rows, DEVICES),
+            out_specs=(rows, DEVICES),
             check_vma=False,
-        )(x, self.weight[...], self.bias[...], residual)
+        )(x, self.weight[...], self.bias[...], residual, mailboxes)
 
 
 class Router(nnx.Module):
@@ -132,19 +144,24 @@ class Embedding(nnx.Module):
         else:
             self.weight.set_value(jax.device_put(weight, rows, donate=True))
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        def look_up(tokens: Int[Array, "B T"], rows: Float[Array, "V D"]) -> Float[Array, "B T D"]:
-            local = tokens - jax.lax.axis_index(MODEL_AXES) * rows.shape[0]
-            here = (local >= 0) & (local < rows.shape[0])
-            found = jnp.where(here[..., None], rows[jnp.where(here, local, 0)], 0)
-            return jax.lax.psum(found, MODEL_AXES)
+    def __call__(self, tokens: Int[Array, "B T"], *, mailboxes: Mailboxes) -> tuple[Float[Array, "B T D"], Mailboxes]:
+        """The tokens' rows, each from the device that has it."""
 
+        def look_up(tokens: Array, rows: Array, mailboxes: Mailboxes) -> tuple[Array, Mailboxes]:
+            local = tokens.reshape(-1) - jax.lax.axis_index(MODEL_AXES) * rows.shape[0]
+            here = (local >= 0) & (local < rows.shape[0])
+            found = jnp.where(here[:, None], rows[jnp.where(here, local, 0)], 0)
+            x, mailboxes = add_parts(Parts(found[:, None]), jnp.zeros_like(found), axes=MODEL_AXES, mailboxes=mailboxes)
+            return x.reshape(*tokens.shape, -1), mailboxes
+
+        rows = activation("B")
         return jax.shard_map(
             look_up,
-            in_specs=(activation("B T"), spec("V D", WEIGHT_AXES)),
-            out_specs=activation("B T D"),
+            mesh=concrete_mesh(),
+            in_specs=(rows, spec("V D", WEIGHT_AXES), DEVICES),
+            out_specs=(rows, DEVICES),
             check_vma=False,
-        )(tokens, self.weight[...])
+        )(tokens, self.weight[...], mailboxes)
 
 
 class Unembedding(nnx.Module):

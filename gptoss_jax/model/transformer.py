@@ -1,8 +1,7 @@
 """The whole model: embedding, layers, final norm, unembedding; a pure function of weights, tokens and cache."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +21,9 @@ from gptoss_jax.model.cache import Cache, Step
 from gptoss_jax.model.experts import Experts
 from gptoss_jax.model.layers import Embedding, RMSNorm, Router, Unembedding
 from gptoss_jax.model.rope import rotations
-from gptoss_jax.sharding import activation, check_batch, check_mesh, make_mesh, split_rows
+from gptoss_jax.sharding import activation, ambient_mesh, check_batch, check_mesh, make_mesh, split_rows
 from pallas_kernels.dispatch import Impl, platform
+from pallas_kernels.exchange import Mailboxes
 
 
 class Layer(nnx.Module):
@@ -46,15 +46,17 @@ class Layer(nnx.Module):
         keys: Float[Array, "P K slots W"],
         values: Float[Array, "P K slots W"],
         step: Step,
+        mailboxes: Mailboxes,
         impl: Impl,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"]]:
-        x, keys, values = self.attention(
-            x, self.attention_norm, rotation, keys=keys, values=values, step=step, impl=impl
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P K slots W"], Float[Array, "P K slots W"], Mailboxes]:
+        x, keys, values, mailboxes = self.attention(
+            x, self.attention_norm, rotation, keys=keys, values=values, step=step, mailboxes=mailboxes, impl=impl
         )
         normed, expert_ids, routing = self.router(
             x, self.experts_norm, experts_per_token=self.experts_per_token, impl=impl
         )
-        return x + self.experts(normed, expert_ids, routing, impl=impl), keys, values
+        x, mailboxes = self.experts(normed, expert_ids, routing, residual=x, mailboxes=mailboxes, impl=impl)
+        return x, keys, values, mailboxes
 
 
 class Transformer(nnx.Module):
@@ -112,25 +114,29 @@ class Transformer(nnx.Module):
         steps = {kind: cache.step(kind, counts, num_tokens, self.config) for kind in cache.tables}
         positions = cache.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
         rotation = rotations(positions, self.config)
-        x = self.embedding(tokens)
+        x, mailboxes = self.embedding(tokens, mailboxes=cache.mailboxes)
         keys, values = list(cache.keys), list(cache.values)
         for index, layer in enumerate(self.layers):
-            x, keys[index], values[index] = layer(
-                x, rotation, keys=keys[index], values=values[index], step=steps[layer.kind], impl=self.impl
+            x, keys[index], values[index], mailboxes = layer(
+                x,
+                rotation,
+                keys=keys[index],
+                values=values[index],
+                step=steps[layer.kind],
+                mailboxes=mailboxes,
+                impl=self.impl,
             )
-        lengths = cache.lengths + counts
-        return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values), lengths=lengths)
+        return x, dataclasses.replace(
+            cache,
+            keys=tuple(keys),
+            values=tuple(values),
+            lengths=cache.lengths + counts,
+            mailboxes={axes: mailbox.settled() for axes, mailbox in mailboxes.items()},
+        )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The logits that follow each token, in float32, split over the vocabulary. Runs under `ambient_mesh`."""
         return self.unembedding(hidden, self.norm, impl=self.impl)
-
-
-@contextlib.contextmanager
-def ambient_mesh(mesh: Mesh) -> Iterator[None]:
-    """Make `mesh` the one that shardings refer to, inside a traced function or outside."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from gptoss_jax.bench.hlo import Instruction, Module, parse
+from gptoss_jax.bench.hlo import Module, parse
 from gptoss_jax.plan.chips import Chip
 
 KINDS = (
@@ -18,8 +18,14 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+PEER_WRITES = "peer-writes"
+"""Our own sums (pallas_kernels.exchange): every device writes its rows into each other device's memory, in a kernel."""
 _PASSES = {"all-reduce": 2}
 """How often a ring passes each byte of the result on."""
+_PEER_WRITE_S = 2.5e-6
+"""What such a kernel, or that part of one, adds to a step for few rows, on H200s (docs/sharding.md)."""
+_PEER_BYTES = 4
+"""Sent for each byte of the result: float32 and a number in place of bfloat16."""
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _BITS_A_BYTE = 8
 
@@ -57,7 +63,11 @@ def sending_seconds(collectives: Iterable[Collective], chip: Chip, num_devices: 
     share = (num_devices - 1) / num_devices
     return math.fsum(
         collective.count
-        * (chip.collective_s + _PASSES.get(collective.kind, 1) * share * collective.bytes / chip.link_bytes_per_s)
+        * (
+            _PEER_WRITE_S + (num_devices - 1) * _PEER_BYTES * collective.bytes / chip.link_bytes_per_s
+            if collective.kind == PEER_WRITES
+            else chip.collective_s + _PASSES.get(collective.kind, 1) * share * collective.bytes / chip.link_bytes_per_s
+        )
         for collective in collectives
     )
 
@@ -73,13 +83,16 @@ def _found(module: Module, name: str, times: int) -> Iterator[tuple[str, int, in
         elif opcode in ("call", "fusion", "async-start"):
             yield from _found(module, instruction.called, times)
         elif (kind := opcode.removesuffix("-done")) in KINDS:  # of a pair the start's shape has the operands too
-            yield kind, _num_bytes(instruction), times
+            yield kind, _num_bytes(instruction.shape), times
+        elif opcode == "custom-call" and "uses_xla_collective_metadata = true" in instruction.rest:
+            rows = next(_ARRAY.finditer(instruction.shape)).group()  # the mailbox follows, which is no result
+            yield PEER_WRITES, _num_bytes(rows), times
 
 
-def _num_bytes(instruction: Instruction) -> int:
+def _num_bytes(shape: str) -> int:
     return sum(
         math.prod(int(size) for size in dims.split(",") if size) * int(bits or _BITS_A_BYTE) // _BITS_A_BYTE
-        for _, bits, dims in _ARRAY.findall(instruction.shape)
+        for _, bits, dims in _ARRAY.findall(shape)
     )
 
 

@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.exchange import Parts
 from pallas_kernels.experts import hopper_decode, hopper_layout, hopper_prefill
 from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.weights import ExpertWeights
@@ -13,7 +14,7 @@ MAX_DECODE_ROWS = 8
 expert for the tensor cores (docs/performance.md has the times of both)."""
 
 
-def experts(
+def expert_parts(
     x: Float[Array, "T D"],
     weights: ExpertWeights | HopperExperts,
     expert_ids: Int[Array, "T A"],
@@ -21,13 +22,18 @@ def experts(
     *,
     alpha: float,
     limit: float,
-) -> Float[Array, "T D"]:
-    """See `pallas_kernels.experts.experts`; the weights as `prepare` made them."""
+    first_expert: Int[Array, " 1"] | None = None,
+    total_experts: int | None = None,
+) -> Parts:
+    """See `pallas_kernels.experts.expert_parts`; the weights as `prepare` made them."""
     if not isinstance(weights, HopperExperts):
         raise Unsupported("experts: the Hopper kernels read weights that prepare() has rearranged, not as published")
-    few = x.shape[0] <= hopper_decode.MAX_TOKENS and expert_ids.size <= MAX_DECODE_ROWS * weights.num_experts
-    form = hopper_decode if few else hopper_prefill
-    return form.experts(x, weights, expert_ids, routing, alpha=alpha, limit=limit)
+    rows_per_expert = expert_ids.size / (total_experts or weights.num_experts)
+    form = {"alpha": alpha, "limit": limit, "total_experts": total_experts}
+    if x.shape[0] <= hopper_decode.MAX_TOKENS and rows_per_expert <= MAX_DECODE_ROWS:
+        return hopper_decode.expert_parts(x, weights, expert_ids, routing, first_expert=first_expert, **form)
+    local_ids = expert_ids if first_expert is None else expert_ids - first_expert
+    return Parts(hopper_prefill.experts(x, weights, local_ids, routing, **form)[:, None])
 
 
 def preparable(weights: ExpertWeights, *, experts_per_token: int) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt32
 
 from pallas_kernels import hopper
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.exchange import Parts
 from pallas_kernels.experts import tiles as table
 from pallas_kernels.experts.hopper_layout import TILE, HopperExperts
 from pallas_kernels.experts.hopper_operands import COLUMN_BLOCK, STRIPS_PER_TILE, Product
@@ -35,6 +36,10 @@ MAX_WARPGROUPS = 4
 _WARPS_PER_GROUP = 4
 
 
+Chosen = tuple[Int[Array, " M"]] | tuple[Int[Array, " M"], Int[Array, " 1"]]
+"""The expert of each row, and which number the first expert here has; without it, 0."""
+
+
 def experts(
     x: Float[Array, "T D"],
     weights: HopperExperts,
@@ -45,23 +50,41 @@ def experts(
     limit: float,
     tiles: DecodeTiles | None = None,
 ) -> Float[Array, "T D"]:
-    """See `pallas_kernels.experts.experts`; for up to 128 tokens of bfloat16, best for up to 8 rows an expert on
+    """See `pallas_kernels.experts.experts`: `expert_parts` and their sum."""
+    parts = expert_parts(x, weights, expert_ids, routing, alpha=alpha, limit=limit, tiles=tiles)
+    return parts.total().astype(x.dtype)
+
+
+def expert_parts(
+    x: Float[Array, "T D"],
+    weights: HopperExperts,
+    expert_ids: Int[Array, "T A"],
+    routing: Float[Array, "T A"],
+    *,
+    alpha: float,
+    limit: float,
+    first_expert: Int[Array, " 1"] | None = None,
+    total_experts: int | None = None,
+    tiles: DecodeTiles | None = None,
+) -> Parts:
+    """See `pallas_kernels.experts.expert_parts`; for up to 128 tokens of bfloat16, best for up to 8 rows an expert on
     average, beyond which `experts.hopper` takes the other form. `tiles`: those of the table by default.
 
-    The activation between the two products is rounded to bfloat16; everything else stays in float32 up to the result.
+    The activation between the two products is rounded to bfloat16; everything else stays in float32.
 
     Raises Unsupported for other numbers of tokens, experts per token, types or widths, and for tiles that do not fit.
     """
     num_tokens, per_token = expert_ids.shape
     _check(x, weights, num_tokens=num_tokens, per_token=per_token)
-    tiles = tiles or table.decode(num_tokens * per_token, weights.num_experts)
+    tiles = tiles or table.decode(num_tokens * per_token, total_experts or weights.num_experts)
     ids = expert_ids.reshape(-1).astype(jnp.int32)
+    chosen = (ids,) if first_expert is None else (ids, first_expert)
     activation = gate_up(
         x,
         weights.gate_up_words,
         weights.gate_up_scales,
         weights.gate_up_bias,
-        ids,
+        chosen,
         alpha=alpha,
         limit=limit,
         tiles=tiles,
@@ -71,13 +94,14 @@ def experts(
         weights.down_words,
         weights.down_scales,
         weights.down_bias,
-        ids,
+        chosen,
         routing.reshape(-1).astype(jnp.float32),
         tiles=tiles,
     )
-    ours = (expert_ids >= 0) & (expert_ids < weights.num_experts)
-    said = jnp.where(ours[..., None], y.reshape(num_tokens, per_token, -1), 0)
-    return said.sum(axis=1).astype(x.dtype)
+    parts = y.reshape(num_tokens, per_token, -1)
+    if total_experts == weights.num_experts:
+        return Parts(parts)
+    return Parts(parts, expert_ids, first_expert, count=weights.num_experts)
 
 
 def _check(x: Array, weights: HopperExperts, *, num_tokens: int, per_token: int) -> None:
@@ -107,14 +131,14 @@ def gate_up(
     words: UInt32[Array, "E n k 512"],
     scales: UInt32[Array, "E n k 32"],
     bias: Float[Array, "E rows"],
-    ids: Int[Array, " M"],
+    chosen: Chosen,
     *,
     alpha: float,
     limit: float,
     tiles: DecodeTiles,
 ) -> BFloat16[Array, "M F"]:
     """SwiGLU of gate and up for every (token, expert) pair, a row each; rows of foreign ids are not written."""
-    num_rows = ids.shape[0]
+    num_rows = chosen[0].shape[0]
     product = _product(words, num_rows, tiles, rows_per_input=num_rows // x.shape[0])
     expert_width = bias.shape[1] // 2
 
@@ -122,7 +146,7 @@ def gate_up(
         return _SwiGLU(bias_ref, out_ref, expert_width=expert_width, alpha=alpha, limit=limit)
 
     out = jax.ShapeDtypeStruct((num_rows, expert_width), jnp.bfloat16)
-    return _call("experts_gate_up", product, finish, out, ids, x, words, scales, bias)
+    return _call("experts_gate_up", product, finish, out, chosen, x, words, scales, bias)
 
 
 def down(
@@ -130,20 +154,20 @@ def down(
     words: UInt32[Array, "E n k 512"],
     scales: UInt32[Array, "E n k 32"],
     bias: Float[Array, "E D"],
-    ids: Int[Array, " M"],
+    chosen: Chosen,
     routing: Float[Array, " M"],
     *,
     tiles: DecodeTiles,
 ) -> Float[Array, "M D"]:
     """The second product and its bias, times routing, a row per pair; rows of foreign ids are not written."""
-    product = _product(words, ids.shape[0], tiles, rows_per_input=1)
+    product = _product(words, chosen[0].shape[0], tiles, rows_per_input=1)
     width = bias.shape[1]
 
     def finish(bias_ref: Value, routing_ref: Value, out_ref: Value) -> Finish:
         return _Weighted(bias_ref, routing_ref, out_ref, width=width)
 
-    out = jax.ShapeDtypeStruct((ids.shape[0], width), jnp.float32)
-    return _call("experts_down", product, finish, out, ids, activation, words, scales, bias, routing)
+    out = jax.ShapeDtypeStruct((chosen[0].shape[0], width), jnp.float32)
+    return _call("experts_down", product, finish, out, chosen, activation, words, scales, bias, routing)
 
 
 def _product(words: Array, num_rows: int, tiles: DecodeTiles, *, rows_per_input: int) -> Product:
@@ -161,14 +185,14 @@ def _product(words: Array, num_rows: int, tiles: DecodeTiles, *, rows_per_input:
     )
 
 
-def _call(name: str, product: Product, finish, out: jax.ShapeDtypeStruct, *operands: Array) -> Array:
-    """Run one product; `operands` are ids, inputs, words, scales and then what `finish` takes before the output."""
+def _call(name: str, product: Product, finish, out: jax.ShapeDtypeStruct, chosen: Chosen, *operands: Array) -> Array:
+    """Run one product; `operands` are inputs, words, scales and then what `finish` takes before the output."""
 
     def body(*refs) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def stream(_, *refs: Value) -> None:
-            ids, inputs, words, scales, *rest, scratch, partials = refs
-            schedule = Schedule(product.rows, ids, scratch)
+            inputs, words, scales, *rest, scratch, partials = refs[len(chosen) :]
+            schedule = Schedule(product.rows, refs[: len(chosen)], scratch)
             Stream(product, finish(*rest), schedule, partials).run(inputs, words, scales)
 
         stream(*refs)
@@ -186,7 +210,7 @@ def _call(name: str, product: Product, finish, out: jax.ShapeDtypeStruct, *opera
             plgpu.SMEM((product.partial_floats,), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands)
+    )(*chosen, *operands)
 
 
 def _lane_row() -> Word:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped, UInt8, UInt32
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts.weights import ExpertWeights
-from pallas_kernels.mxfp4 import code_to_float, scale_to_float
+from pallas_kernels.mxfp4 import BLOCK, MXFP4, code_to_float, scale_to_float
 
 TILE = 64
 """Rows and columns of a tile."""
@@ -25,6 +25,8 @@ TILE_SCALES = 32
 LARGEST_SCALE = 128
 """The kernels multiply by 2 ** (scale - 1), whose bfloat16 exponent field is scale + 126."""
 _SCALE_OFFSET = 126
+PART_WIDTH = 192
+"""Parts of an expert's width are multiples of it: three warpgroups' rows of gate or up, three K tiles of down."""
 
 
 class ScaleTooLarge(Unsupported):
@@ -47,7 +49,12 @@ class HopperExperts:
     down_scales: Any
     """uint32 `E D/64 F/64 32`."""
     down_bias: Any
-    """float32 `E D`."""
+    """float32 `E D`; of experts cut over devices, each device's share."""
+
+    @classmethod
+    def dims(cls) -> "HopperExperts":
+        """The dims of each array by letter: E experts and F along an expert's width, which may both be split."""
+        return cls("E F k words", "E F k scales", "E F", "E n F words", "E n F scales", "E D")
 
     @property
     def num_experts(self) -> int:
@@ -63,6 +70,37 @@ class HopperExperts:
     def expert_width(self) -> int:
         """F, the experts' width."""
         return self.gate_up_bias.shape[1] // 2
+
+
+def prepare(weights: ExpertWeights, *, axis: str | None = None) -> HopperExperts:
+    """`pack`, and where `axis` is a mesh axis of several devices, that hold different experts, hand each device its
+    part of the width of all their experts: padded with zeros to whole tiles, the bias of down shared out evenly."""
+    num_parts = jax.lax.axis_size(axis) if axis else 1
+    if num_parts == 1:
+        return pack(weights)
+    packed = pack(padded(weights, PART_WIDTH * num_parts))
+
+    def cut(dims: str, array: Array) -> Array:
+        if "F" not in dims.split():
+            return jax.lax.all_gather(array, axis, tiled=True) / num_parts
+        return jax.lax.all_to_all(array, axis, split_axis=dims.split().index("F"), concat_axis=0, tiled=True)
+
+    return jax.tree.map(cut, HopperExperts.dims(), packed)
+
+
+def padded(weights: ExpertWeights, multiple: int) -> ExpertWeights:
+    """Experts of a width that is such a multiple: the values that are added are zeros, and what they lead to is."""
+    extra = -weights.down.shape[-1] % multiple
+
+    def pad(array: Array, dim: int, count: int) -> Array:
+        return jnp.pad(array, [(0, count if index == dim else 0) for index in range(array.ndim)])
+
+    return ExpertWeights(
+        gate_up=MXFP4(*(pad(part, 1, 2 * extra) for part in (weights.gate_up.blocks, weights.gate_up.scales))),
+        gate_up_bias=pad(weights.gate_up_bias, 1, 2 * extra),
+        down=MXFP4(*(pad(part, 2, extra // BLOCK) for part in (weights.down.blocks, weights.down.scales))),
+        down_bias=weights.down_bias,
+    )
 
 
 def pack(weights: ExpertWeights) -> HopperExperts:

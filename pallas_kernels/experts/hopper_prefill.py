@@ -22,6 +22,7 @@ def experts(
     *,
     alpha: float,
     limit: float,
+    total_experts: int | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> BFloat16[Array, "T D"]:
@@ -41,7 +42,7 @@ def experts(
         raise Unsupported(f"experts: tokens of width {x.shape[1]}, weights of width {weights.width}")
     if num_tokens == 0:
         return x
-    chosen = tiling or choose_tiling(num_tokens * per_token, weights)
+    chosen = tiling or choose_tiling(num_tokens * per_token, weights, total_experts)
     spread = hopper_routing.spread if interpret else hopper_grouping.spread
     rows, grouping = spread(x, expert_ids, weights.num_experts, chosen.widths)
     activations = grouped_matmul(
@@ -67,9 +68,10 @@ def experts(
     return combine(answers, grouping, routing)
 
 
-def choose_tiling(num_pairs: int, weights: HopperExperts) -> Tiling:
-    """The tiling for so many pairs, were they spread evenly; narrower where the weights have few tiles."""
-    chosen = tiles.prefill(num_pairs / weights.num_experts)
+def choose_tiling(num_pairs: int, weights: HopperExperts, total_experts: int | None = None) -> Tiling:
+    """The tiling for so many pairs, were they spread evenly over the experts, of which these may be some; narrower
+    where the weights have few tiles."""
+    chosen = tiles.prefill(num_pairs / (total_experts or weights.num_experts))
     row_tiles = min(2 * weights.expert_width, weights.width) // TILE
     if weights.width // TILE % chosen.k_tiles or weights.expert_width // TILE % chosen.k_tiles:
         chosen = Tiling(chosen.widths, chosen.warpgroups)

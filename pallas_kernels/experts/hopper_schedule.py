@@ -7,8 +7,9 @@ once per pass, one without is not read, and each block meets few experts.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
-from pallas_kernels.hopper import Value, address, load_word_if, shared_address
+from pallas_kernels.hopper import Value, address, load_word, load_word_if, shared_address
 from pallas_kernels.hopper_words import (
     WARP,
     Word,
@@ -84,15 +85,18 @@ class Segment:
 class Schedule:
     """The segments, in shared memory. Every thread of the block takes part in making it."""
 
-    def __init__(self, rows: Rows, ids: Value, scratch: Value):
+    def __init__(self, rows: Rows, chosen: Sequence[Value], scratch: Value):
+        """`chosen` refers to the experts' ids and, where the first expert here is not number 0, to its number."""
+        ids, *first = map(address, chosen)
         self._rows = rows
+        self._first = Word(load_word(first[0])) if first else None
         self._lane = thread() % WARP
         self._ids = Word(shared_address(scratch))
         self._counts = self._ids + 4 * rows.padded_rows
         self._segments = self._counts + 4 * rows.padded_experts
         self._columns = self._segments + 4 * rows._segment_words + warp() * (4 * rows.columns)
         make = self._from_one_warp if rows.num_rows <= WARP else self._from_counts
-        self.num_segments: Word = make(address(ids))
+        self.num_segments: Word = make(ids)
 
     def segment(self, number: Word) -> Segment:
         """A segment of the list."""
@@ -131,6 +135,8 @@ class Schedule:
     def _id(self, ids: Value, row: Word) -> Word:
         inside = row < self._rows.num_rows
         found = Word(load_word_if(inside.value, pointer(ids, row, 4)))
+        if self._first is not None:
+            found -= self._first
         known = inside & (found < self._rows.num_experts)
         return known.choose(found, NOBODY)
 

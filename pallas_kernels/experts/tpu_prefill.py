@@ -57,22 +57,18 @@ def group(
     num_pairs = expert_ids.size
     most_tiles = num_pairs // tile_rows + min(num_pairs, num_experts)
     num_rows = most_tiles * tile_rows
-    ids = jnp.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts).reshape(-1)
-    order = jnp.argsort(ids)
-    sorted_ids = ids[order]
-    bounds = jnp.searchsorted(sorted_ids, jnp.arange(num_experts + 1), method="compare_all").astype(jnp.int32)
-    tiles_E = -(-(bounds[1:] - bounds[:-1]) // tile_rows)
+    chosen_ME = expert_ids.reshape(-1, 1) == jnp.arange(num_experts)
+    ordinals_ME = jnp.cumsum(chosen_ME, axis=0, dtype=jnp.int32) - 1
+    tiles_E = -(-(ordinals_ME[-1] + 1) // tile_rows)
     tile_ends_E = jnp.cumsum(tiles_E)
     first_rows_E = (tile_ends_E - tiles_E) * tile_rows
-    pair_places = jnp.arange(num_pairs, dtype=jnp.int32)
-    own = jnp.minimum(sorted_ids, num_experts - 1)
-    sorted_places = jnp.where(sorted_ids < num_experts, first_rows_E[own] + pair_places - bounds[own], num_rows)
-    places = jnp.zeros_like(ids).at[order].set(sorted_places)
-    tokens = (order // expert_ids.shape[1]).astype(jnp.int32)
-    sources = jnp.zeros(num_rows, jnp.int32).at[sorted_places].set(tokens, mode="drop")
+    places = jnp.where(chosen_ME, first_rows_E + ordinals_ME, 0).sum(axis=1)
+    places = jnp.where(chosen_ME.any(axis=1), places, num_rows)
+    tokens = jnp.arange(num_pairs, dtype=jnp.int32) // expert_ids.shape[1]
+    sources = jnp.zeros(num_rows, jnp.int32).at[places].set(tokens, mode="drop")
 
-    num_tiles = tile_ends_E[-1].astype(jnp.int32)
+    num_tiles = tile_ends_E[-1]
     tiles = jnp.minimum(jnp.arange(most_tiles, dtype=jnp.int32), jnp.maximum(num_tiles - 1, 0))
-    experts = jnp.searchsorted(tile_ends_E, tiles, side="right", method="compare_all").astype(jnp.int32)
+    experts = (tiles[:, None] >= tile_ends_E).sum(axis=1, dtype=jnp.int32)
     experts = jnp.minimum(experts, num_experts - 1)
     return RowTiles(experts, tiles, tiles, num_tiles.reshape(1)), places.reshape(expert_ids.shape), sources

@@ -7,10 +7,14 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Impl, choose
+from pallas_kernels.exchange import AxisNames, Mailboxes
 from pallas_kernels.projections import hopper, reference
 from pallas_kernels.projections.weights import HeadWeights, joined
 
 __all__ = ["HeadWeights", "joined", "joins", "output", "project_to_cache", "route", "unembed"]
+
+
+_NONE: Mailboxes = {}
 
 
 def _backends(
@@ -26,9 +30,25 @@ def _backends(
     return {"reference": plain, "cpu": plain, "hopper": hopper, "tpu": plain}
 
 
+_hopper_output_kernel = jax.jit(hopper.output, static_argnames=("num_devices", "tiles"))
+
+
+def _hopper_output(
+    attended: Array, weight: Array, bias: Array, residual: Array, *, axes: AxisNames, mailboxes: Mailboxes
+) -> tuple[Array, Mailboxes]:
+    num_devices, mailbox = jax.lax.axis_size(axes) if axes else 1, mailboxes.get(axes)
+    few = attended.shape[0] <= hopper.MAX_TOKENS
+    if few and num_devices == 1:
+        return _hopper_output_kernel(attended, weight, bias, residual)[0], mailboxes
+    if few and mailbox is not None and mailbox.holds(*residual.shape, senders=num_devices):
+        out, used = _hopper_output_kernel(attended, weight, bias, residual, mailbox, num_devices=num_devices)
+        return out, {**mailboxes, axes: used}
+    return reference.output(attended, weight, bias, residual, axes=axes, mailboxes=mailboxes)
+
+
 BACKENDS = {
     "project_to_cache": _backends(reference.project_to_cache, hopper.project_to_cache, None, "eps", "tiles"),
-    "output": _backends(reference.output, hopper.output, hopper.MAX_TOKENS, "tiles"),
+    "output": {**dict.fromkeys(("reference", "cpu", "tpu"), reference.output), "hopper": _hopper_output},
     "route": _backends(reference.route, hopper.route, hopper.MAX_ROUTED, "eps", "experts_per_token", "tiles"),
     "unembed": _backends(reference.unembed, hopper.unembed, hopper.MAX_UNEMBEDDED, "eps", "tiles"),
 }
@@ -91,22 +111,28 @@ def output(
     bias: Float[Array, " D"],
     residual: Float[Array, "T D"],
     *,
+    axes: AxisNames = (),
+    mailboxes: Mailboxes = _NONE,
     impl: Impl = "auto",
-) -> Float[Array, "T D"]:
+) -> tuple[Float[Array, "T D"], Mailboxes]:
     """Heads back to the model's width, with bias, added to the residual stream.
 
     The product accumulates in float32, the bias is added in float32, the sum is rounded to the residual's dtype and
-    added to it in that dtype. Local arrays: call inside shard_map.
+    added to it in that dtype. Where heads are split over the mesh axes `axes`, the devices' products are summed as
+    `pallas_kernels.exchange.add_parts` does it, within the kernel where there is one. Local arrays: call inside
+    shard_map. Returns the mailboxes for the next sum.
 
     Raises Unsupported if the named implementation cannot run these arguments.
 
     Example:
         >>> import jax.numpy as jnp
         >>> attended, weight = jnp.ones((3, 6, 4)), jnp.ones((8, 6, 4))
-        >>> output(attended, weight, jnp.ones(8), jnp.ones((3, 8)), impl="reference")[0, 0].item()
+        >>> stream, _ = output(attended, weight, jnp.ones(8), jnp.ones((3, 8)), impl="reference")
+        >>> stream[0, 0].item()
         26.0
     """
-    return choose("output", BACKENDS["output"], impl)(attended, weight, bias, residual)
+    run = choose("output", BACKENDS["output"], impl)
+    return run(attended, weight, bias, residual, axes=axes, mailboxes=mailboxes)
 
 
 def route(

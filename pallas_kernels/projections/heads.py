@@ -13,11 +13,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.projections import thread as code
+from pallas_kernels import hopper_thread as code
+from pallas_kernels.hopper_thread import Thread, Value
 from pallas_kernels.projections.norm import SQUARES, Activations, Norm
 from pallas_kernels.projections.places import HEAD_DIM, Places, rotated
 from pallas_kernels.projections.product import Tiles, multiply, total
-from pallas_kernels.projections.thread import Thread, Value
 from pallas_kernels.projections.weights import HeadWeights
 
 UNITS_PER_HEAD = HEAD_DIM // 8

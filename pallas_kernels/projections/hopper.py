@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.exchange.mailbox import Mailbox
 from pallas_kernels.hopper_card import NUM_MULTIPROCESSORS, SHARED_BYTES
 from pallas_kernels.projections import append, reference, residual, routing, vocabulary
 from pallas_kernels.projections import heads as heads_kernel
@@ -78,10 +79,12 @@ def output(
     weight: Float[Array, "D N H"],
     bias: Float[Array, " D"],
     residual_stream: Float[Array, "T D"],
+    mailbox: Mailbox | None = None,
     *,
+    num_devices: int = 1,
     tiles: Tiles | None = None,
-) -> Float[Array, "T D"]:
-    """See `pallas_kernels.projections.output`."""
+) -> tuple[Float[Array, "T D"], Mailbox | None]:
+    """See `pallas_kernels.projections.output`: on several devices, with a mailbox that holds the rows."""
     name, (num_tokens, width) = "output", residual_stream.shape
     num_columns = attended.shape[1] * attended.shape[2]
     _check_dtypes(name, attended, weight, bias, residual_stream)
@@ -92,7 +95,7 @@ def output(
         tiles = Tiles(_units(width // UNIT_ROWS), warps, depth)
     _check(name, width % tiles.rows == 0, f"a width of {width} in blocks of {tiles.rows}")
     _check_shared(name, 4 * (tiles.part_floats(num_tokens) + num_tokens * tiles.rows))
-    return residual.output(attended, weight, bias, residual_stream, tiles=tiles)
+    return residual.output(attended, weight, bias, residual_stream, mailbox, tiles=tiles, num_devices=num_devices)
 
 
 def route(

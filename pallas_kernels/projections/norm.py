@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.projections import thread as code
-from pallas_kernels.projections.thread import Thread, Value
+from pallas_kernels import hopper_thread as code
+from pallas_kernels.hopper_thread import Thread, Value
 
 _LOADS = 6
 """16-byte loads of a row in flight per lane, where a warp norms a whole row."""

@@ -5,8 +5,8 @@ import dataclasses
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.projections import thread as code
-from pallas_kernels.projections.thread import Value
+from pallas_kernels import hopper_thread as code
+from pallas_kernels.hopper_thread import Value
 
 HEAD_DIM = 64
 _HEAD_BYTES = 2 * HEAD_DIM

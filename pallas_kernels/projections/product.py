@@ -16,10 +16,10 @@ from contextlib import nullcontext
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels import hopper_thread as code
 from pallas_kernels.hopper import mma
-from pallas_kernels.projections import thread as code
+from pallas_kernels.hopper_thread import Thread, Value
 from pallas_kernels.projections.norm import Activations, Norm, RootMeanSquare, normalize
-from pallas_kernels.projections.thread import Thread, Value
 
 UNIT_ROWS = 8
 TILE_COLUMNS = 64

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import platform
+from pallas_kernels.exchange import AxisNames, Mailboxes, Parts, add_parts
 from pallas_kernels.projections.weights import HeadWeights
 
 
@@ -81,7 +82,8 @@ def _write(
 
     As rows of a matrix: a scatter into four dims has XLA for TPUs copy the pool into another order of dims and back.
     """
-    _, num_heads, num_slots, width = pool.shape
+    num_pages, num_heads, num_slots, width = pool.shape
+    pages = jnp.minimum(pages, num_pages)  # larger ones, all nowhere, could wrap round when multiplied
     rows = (pages[:, None] * num_heads + jnp.arange(num_heads, dtype=pages.dtype)) * num_slots + slots[:, None]
     padded = jnp.pad(heads.astype(pool.dtype), ((0, 0), (0, 0), (0, width - heads.shape[2])))
     return pool.reshape(-1, width).at[rows].set(padded, mode="drop").reshape(pool.shape)
@@ -92,10 +94,13 @@ def output(
     weight: Float[Array, "D N H"],
     bias: Float[Array, " D"],
     residual: Float[Array, "T D"],
-) -> Float[Array, "T D"]:
+    *,
+    axes: AxisNames,
+    mailboxes: Mailboxes,
+) -> tuple[Float[Array, "T D"], Mailboxes]:
     """See `pallas_kernels.projections.output`."""
-    y = multiply(attended.reshape(attended.shape[0], -1), weight.reshape(weight.shape[0], -1))
-    return residual + (y + bias.astype(jnp.float32)).astype(residual.dtype)
+    product = multiply(attended.reshape(attended.shape[0], -1), weight.reshape(weight.shape[0], -1))
+    return add_parts(Parts(product[:, None]), residual, bias, axes=axes, mailboxes=mailboxes)
 
 
 def route(

@@ -14,11 +14,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float
 
+from pallas_kernels import hopper_thread as code
 from pallas_kernels.hopper import mma
-from pallas_kernels.projections import thread as code
+from pallas_kernels.hopper_thread import Thread, Value
 from pallas_kernels.projections.norm import Activations, normalize_rows
 from pallas_kernels.projections.product import TILE_BYTES, TILE_COLUMNS
-from pallas_kernels.projections.thread import Thread, Value
 
 STRIP_ROWS = 16
 

@@ -16,7 +16,7 @@ def draws(sampling: Sampling, count: int = 4000) -> np.ndarray:
     logits = jnp.log(jnp.array(PROBABILITIES[np.argsort(SHUFFLE)], jnp.float32))
     rows = SamplingRows.of([sampling] * count)
     rows = jax.tree.map(jnp.asarray, rows)
-    tokens, _ = sample(jnp.tile(logits, (count, 1)), rows, jnp.arange(count, dtype=jnp.int32))
+    tokens, *_ = sample(jnp.tile(logits, (count, 1)), rows, jnp.arange(count, dtype=jnp.int32))
     return np.bincount(np.argsort(SHUFFLE)[np.asarray(tokens)], minlength=VOCAB) / count
 
 
@@ -62,7 +62,7 @@ def test_rows_of_one_batch_keep_to_their_own_settings():
     logits = jnp.log(jnp.array(PROBABILITIES, jnp.float32))
     settings = [Sampling(seed=9), Sampling(temperature=0.0), Sampling(top_k=2, seed=7), Sampling(seed=9)]
     rows = jax.tree.map(jnp.asarray, SamplingRows.of(settings))
-    together, _ = sample(jnp.tile(logits, (4, 1)), rows, jnp.full(4, 5, jnp.int32))
+    together, *_ = sample(jnp.tile(logits, (4, 1)), rows, jnp.full(4, 5, jnp.int32))
     for row, setting in enumerate(settings):
         alone = jax.tree.map(jnp.asarray, SamplingRows.of([setting]))
         assert alone.method == ("draw", "greedy", "cut", "draw")[row]
@@ -76,7 +76,7 @@ def test_large_vocabulary_is_read_as_by_plain_functions():
     logits[1, [7, 150_000, 199_999]] = 9  # equal ones, in different pieces
     logits[2, 150_000] = np.nan
     rows = jax.tree.map(jnp.asarray, SamplingRows.of([Sampling(temperature=0.0)] * 3))
-    tokens, log_totals = sample(jnp.array(logits), rows, jnp.zeros(3, jnp.int32))
+    tokens, _, log_totals = sample(jnp.array(logits), rows, jnp.zeros(3, jnp.int32))
     np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=1))
     np.testing.assert_allclose(log_totals, np.log(np.exp(logits.astype(np.float64)).sum(axis=1)), rtol=2e-7)
 
@@ -119,6 +119,6 @@ def test_padding_is_never_chosen(temperature):
     logits = jnp.stack([jnp.full(130, -jnp.inf), jnp.zeros(130)])
     rows = SamplingRows.of([Sampling(temperature=temperature, seed=seed) for seed in range(2)])
     for drawn in range(20):
-        token, _ = sample(logits, rows, jnp.full(2, drawn))
+        token, *_ = sample(logits, rows, jnp.full(2, drawn))
         assert token[0] == 0
         assert token[1] < 130

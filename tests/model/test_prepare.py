@@ -22,20 +22,27 @@ TILED = dataclasses.replace(TINY, hidden_size=128, num_experts=8, vocab_size=136
 
 @pytest.mark.parametrize("axes", [{}, {"expert": 2, "tensor": 2}], ids=["one device", "four devices"])
 @pytest.mark.parametrize(
-    ("impl", "layout", "order"), [("hopper", hopper_layout, HopperExperts), ("tpu", tpu_layout, TPUExperts)]
+    ("impl", "layout", "order", "parts"),
+    [("hopper", hopper_layout, HopperExperts, 1), ("tpu", tpu_layout, TPUExperts, 3)],
 )
-def test_prepared_weights_are_packed_in_place(impl, layout, order, axes):
+def test_prepared_weights_are_packed_in_place(impl, layout, order, parts, axes):
     model = random_model(TILED, mesh=make_mesh(**axes), dtype=jnp.bfloat16, impl=impl)
     published = [layer.experts.weights for layer in model.layers]
     assert all(isinstance(weights, ExpertWeights) for weights in published)
-    expected = layout.pack(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), published[0]))
+    before = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), published[0])
+    if order is HopperExperts and axes:  # `tensor` cuts the experts' width, and shares the bias of down out
+        before = dataclasses.replace(before, down_bias=before.down_bias.astype(jnp.float32) / axes["tensor"])
+        before = hopper_layout.padded(before, axes["tensor"] * hopper_layout.PART_WIDTH)
+    expected = layout.pack(before)
 
     assert prepare(model) is model
     for layer, before in zip(model.layers, published, strict=True):
         assert isinstance(layer.experts.weights, order)
         assert before.gate_up.blocks.is_deleted()
         assert before.down_bias.is_deleted()
-        assert [heads.weight.shape[0] for heads in layer.attention.heads] == [TILED.num_heads + 2 * TILED.num_kv_heads]
+        assert len(layer.attention.heads) == parts
+        num_heads = sum(heads.weight.shape[0] for heads in layer.attention.heads)
+        assert num_heads == TILED.num_heads + 2 * TILED.num_kv_heads
     found = model.layers[0].experts.weights
     for field in dataclasses.fields(order):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))

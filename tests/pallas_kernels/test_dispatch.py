@@ -61,11 +61,39 @@ def test_a_bug_in_a_kernel_is_not_hidden(on):
         choose("double", BACKENDS, "auto")(-1)
 
 
+@pytest.fixture
+def device(monkeypatch):
+    def present(platform, kind):
+        device = type("Device", (), {"platform": platform, "device_kind": kind})()
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    return present
+
+
 @pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("NVIDIA H200", "hopper"), ("NVIDIA GH200 480GB", "hopper"), ("NVIDIA A100-SXM4-80GB", "gpu"), ("B200", "gpu")],
+    ("maker", "kind", "expected"),
+    [
+        ("gpu", "NVIDIA H200", "hopper"),
+        ("gpu", "NVIDIA GH200 480GB", "hopper"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "gpu"),
+        ("gpu", "B200", "gpu"),
+        ("tpu", "TPU v5 lite", "tpu"),
+        ("tpu", "TPU7x", "tpu"),
+        ("tpu", "TPU v4", "other tpu"),
+        ("tpu", "TPU v3", "other tpu"),
+    ],
 )
-def test_only_hopper_cards_get_hopper_kernels(kind, expected, monkeypatch):
-    device = type("Device", (), {"platform": "gpu", "device_kind": kind})()
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+def test_only_devices_that_kernels_are_for_get_them(maker, kind, expected, device):
+    device(maker, kind)
     assert platform() == expected
+
+
+@pytest.mark.parametrize(
+    ("impl", "maker", "kind", "meant"),
+    [("tpu", "tpu", "TPU v3", "v5e, v5p, v6e, tpu7x"), ("hopper", "gpu", "NVIDIA A100-SXM4-80GB", "H100, H200")],
+)
+def test_a_named_backend_on_another_generation_is_refused_by_name(impl, maker, kind, meant, device):
+    device(maker, kind)
+    with pytest.raises(Unsupported, match=f"double: the kernels of '{impl}' are for {meant}.*, not for a {kind}"):
+        choose("double", {"reference": picky, impl: picky}, impl)
+    assert choose("double", {"reference": picky, impl: picky}, "reference") is picky

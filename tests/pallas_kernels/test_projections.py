@@ -107,6 +107,14 @@ def test_only_the_places_given_change_and_tokens_past_the_pool_go_nowhere():
     assert (np.asarray(pages) >= len(keys)).sum() == 2
 
 
+def test_no_page_number_is_so_large_that_it_wraps_round_into_the_pool():
+    *arguments, keys, values, pages, slots = cache_case(3)
+    nowhere = jnp.full_like(pages, jnp.iinfo(jnp.int32).max)
+    _, *pools = project_to_cache(*arguments, keys, values, nowhere, slots, eps=EPS)
+    for pool, before in zip(pools, (keys, values), strict=True):
+        np.testing.assert_array_equal(pool, before)
+
+
 def test_joined_parts_give_the_same_heads():
     x, scale, parts, *rest = cache_case(5, jnp.float32)
     apart = project_to_cache(x, scale, parts, *rest, eps=EPS)

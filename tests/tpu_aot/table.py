@@ -6,6 +6,9 @@ from typing import Any
 
 _FILE = Path(__file__).with_name("table.json")
 LIMITED = ("argument_bytes", "temporary_bytes")
+EQUAL = ("kernels", "collectives")
+MEMORY_GIB = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
+"""What a program may take of one device, as the compiler says where one takes more; a tpu7x chip is two devices."""
 
 Table = dict[str, dict[str, Any]]
 
@@ -21,27 +24,31 @@ def write(table: Table) -> None:
 
 
 def exceeded(name: str, found: dict[str, Any], table: Table) -> list[str]:
-    """A line for each figure above the table's, and for kernels that are not the table's."""
+    """A line for each figure above the table's, and for kernels and collectives that are not the table's."""
     if name not in table:
         return [f"{name}: is not in the table: run with --update"]
     known = table[name]
-    lines = [
-        f"{name}: {key} is {found[key]:,}, the table has {known[key]:,}" for key in LIMITED if found[key] > known[key]
+    return [
+        *(
+            f"{name}: {key} is {found[key]:,}, the table has {known[key]:,}"
+            for key in LIMITED
+            if found[key] > known[key]
+        ),
+        *(f"{name}: {key} are {found[key]}, the table has {known[key]}" for key in EQUAL if found[key] != known[key]),
     ]
-    if found["kernels"] != known["kernels"]:
-        lines.append(f"{name}: kernels are {found['kernels']}, the table has {known['kernels']}")
-    return lines
 
 
 def markdown(table: Table) -> str:
-    """The table for docs/kernels.md."""
+    """The table for docs/tpu.md."""
     lines = [
-        "| program | topology | arguments | temporaries | estimated | kernels | compiled in |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| program | topology, mesh | arguments + temporaries, GiB of one device | estimated | collectives |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, row in table.items():
-        kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["kernels"].items())
-        sizes = " | ".join(f"{row[key] / 2**20:,.0f} MiB" for key in LIMITED)
+        mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+        arguments, temporaries = (row[key] / 2**30 for key in LIMITED)
+        memory = f"{arguments:.2f} + {temporaries:.2f} of {MEMORY_GIB[row['topology'].split(':')[0]]}"
+        collectives = ", ".join(f"{count} {collective}" for collective, count in row["collectives"].items())
         estimate = f"{1000 * row['estimated_seconds']:.2f} ms"
-        lines.append(f"| {name} | {row['topology']} | {sizes} | {estimate} | {kernels} | {row['seconds']:.0f} s |")
+        lines.append(f"| {name} | {row['topology']} {mesh} | {memory} | {estimate} | {collectives} |")
     return "\n".join(lines)
