@@ -88,12 +88,12 @@ class Plan:
         point = self.point
         lines = [
             f"{self.topology.name} ({self.topology.chip.name}): {mesh_text(self.axes)}",
-            f"{point.batch} rows of {point.context:,} tokens; prompts are read {point.chunk:,} of each at a time",
+            f"{rows_text(point.batch)} of {point.context:,} tokens; prompts are read {point.chunk:,} of each at a time",
             "",
             *self._memory_lines(),
             "",
             f"largest batch for {point.context:,} tokens    {_largest(self.batch)}",
-            f"largest context for {point.batch:,} rows      {_largest(self.context)}",
+            f"largest context for {rows_text(point.batch)}    {_largest(self.context)}",
         ]
         if point.steps:
             lines += ["", *self._time_lines(point.steps)]
@@ -127,6 +127,11 @@ _TITLES = {"decode": "decode step", "prefill": "prefill chunk"}
 def mesh_text(axes: dict[str, int]) -> str:
     """`data=1 expert=8 tensor=1`."""
     return " ".join(f"{axis}={size}" for axis, size in axes.items())
+
+
+def rows_text(batch: int) -> str:
+    """`1 row`, `1,024 rows`."""
+    return f"{batch:,} row{'s' if batch > 1 else ''}"
 
 
 def described(topology: Topology) -> dict[str, Any]:

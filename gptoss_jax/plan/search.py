@@ -9,11 +9,10 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import PlanError, ShardingError
 from gptoss_jax.plan.collectives import sending_seconds
 from gptoss_jax.plan.points import Planner, Point, Step
-from gptoss_jax.plan.report import described, mesh_text
+from gptoss_jax.plan.report import described, mesh_text, rows_text
 from gptoss_jax.plan.topologies import Topology
 
-DEPTHS = (2, 4)
-"""Layers that are compiled; each time as many sliding as full ones."""
+_DEPTHS = (2, 4)  # each time as many sliding layers as full ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class Search:
     is_estimated: bool
     """Whether the times are the compiler's."""
     candidates: list[Candidate]
+    depths: tuple[int, ...]
+    """How many layers were compiled; to the model's own number all is on a line."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs: the same figures."""
@@ -46,7 +47,7 @@ class Search:
             **described(self.topology),
             "batch": self.batch,
             "context": self.context,
-            "compiled_layers": DEPTHS,
+            "compiled_layers": self.depths,
             "is_estimated": self.is_estimated,
             "meshes": [dataclasses.asdict(candidate) for candidate in self.candidates],
         }
@@ -54,8 +55,8 @@ class Search:
     def __str__(self) -> str:
         source = "the compiler's estimate" if self.is_estimated else "floor and collectives"
         lines = [
-            f"{self.topology.name} ({self.topology.chip.name}): {self.batch} rows of {self.context:,} tokens",
-            f"compiled with {DEPTHS[0]} and {DEPTHS[1]} layers, all else linear; ms by {source}",
+            f"{self.topology.name} ({self.topology.chip.name}): {rows_text(self.batch)} of {self.context:,} tokens",
+            f"compiled with {' and '.join(map(str, self.depths))} layers, all else linear; ms by {source}",
             "",
             f"  {'mesh':<28} {'GB needed':>10} {'decode ms':>10} {'tokens/s':>10} {'prefill ms':>11}",
         ]
@@ -98,6 +99,7 @@ def search(
         context=context,
         is_estimated=topology.chip.platform == "tpu",
         candidates=candidates,
+        depths=_depths(config),
     )
 
 
@@ -115,6 +117,10 @@ def meshes(num_devices: int) -> Iterator[dict[str, int]]:
                 yield {"data": data, "expert": expert, "tensor": num_devices // (data * expert)}
 
 
+def _depths(config: ModelConfig) -> tuple[int, ...]:
+    return _DEPTHS if config.num_layers > _DEPTHS[-1] else (config.num_layers,)
+
+
 def _candidate(
     config: ModelConfig,
     topology: Topology,
@@ -130,19 +136,20 @@ def _candidate(
     if held > topology.memory_bytes:
         return Candidate(axes=axes, fits=False, needed=held)
     progress(mesh_text(axes))
-    shallow, deep = (
+    depths = _depths(config)
+    points = [
         Planner(config.first_layers(depth), topology, mesh, progress=progress).point(
             batch=batch, context=context, max_chunk=cache.max_chunk
         )
-        for depth in DEPTHS
-    )
-
-    if not (shallow.steps and deep.steps):
+        for depth in depths
+    ]
+    if not all(point.steps for point in points):
         return Candidate(axes=axes, fits=False, needed=held)
 
     def extended(figure: Callable[[Point], Number]) -> Number:
-        per_layer = (figure(deep) - figure(shallow)) / (DEPTHS[1] - DEPTHS[0])
-        return figure(deep) + per_layer * (config.num_layers - DEPTHS[1])
+        first, last = figure(points[0]), figure(points[-1])
+        missing = (config.num_layers - depths[-1]) / max(1, depths[-1] - depths[0])
+        return last + (last - first) * missing
 
     needed = held + round(extended(lambda point: point.needed - point.weights - point.cache))
     return Candidate(

@@ -1,5 +1,7 @@
 """Floors on a mesh: every stage's work is divided over the axes that share it, and over no others."""
 
+import dataclasses
+
 import pytest
 
 from gptoss_jax.bench.roofline import STAGES, Work, decode_work, prefill_work
@@ -8,7 +10,7 @@ from gptoss_jax.plan.floor import decode_floor, prefill_floor
 from gptoss_jax.sharding import make_mesh
 
 CONFIG = gpt_oss_120b()
-SHARED = {"attention": 1, "qkv": 1, "output": 1, "router": 0, "experts": 2, "unembedding": 2}
+HEADS, EVERY = ("qkv", "attention", "output"), ("experts", "unembedding")
 
 
 def _same(found: Work, expected: Work) -> None:
@@ -27,11 +29,14 @@ def test_rows_are_divided_over_data_but_weights_are_not() -> None:
 
 
 @pytest.mark.parametrize("axes", [{"expert": 4}, {"tensor": 4}, {"expert": 2, "tensor": 4}])
-def test_stages_are_divided_over_the_axes_that_share_them(axes: dict[str, int]) -> None:
-    mesh = make_mesh(**axes)
-    whole = decode_work(CONFIG, batch=8, context=1000)
-    expected = decode_work(CONFIG, batch=8, context=1000, without=STAGES)
+@pytest.mark.parametrize("num_kv_heads", [8, 4])
+def test_stages_are_divided_over_the_axes_that_share_them(axes: dict[str, int], num_kv_heads: int) -> None:
+    config, mesh = dataclasses.replace(CONFIG, num_kv_heads=num_kv_heads), make_mesh(**axes)
+    whole = decode_work(config, batch=8, context=1000)
+    expected = decode_work(config, batch=8, context=1000, without=STAGES)
     for stage in STAGES:
-        alone = whole - decode_work(CONFIG, batch=8, context=1000, without=(stage,))
-        expected += alone / (1, mesh.shape["tensor"], mesh.size)[SHARED[stage]]
-    _same(decode_floor(CONFIG, mesh, batch=8, context=1000), expected)
+        alone = whole - decode_work(config, batch=8, context=1000, without=(stage,))
+        enough = num_kv_heads % mesh.size == 0  # heads for every device
+        over_heads = mesh.size if enough else mesh.shape["tensor"]
+        expected += alone / (over_heads if stage in HEADS else mesh.size if stage in EVERY else 1)
+    _same(decode_floor(config, mesh, batch=8, context=1000), expected)

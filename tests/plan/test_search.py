@@ -1,12 +1,19 @@
 """The search: every mesh that divides, those that fit first, the fastest of them first."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
+from gptoss_jax.bench.roofline import Work
 from gptoss_jax.errors import PlanError
-from gptoss_jax.plan.points import Planner
+from gptoss_jax.plan.memory import Usage
+from gptoss_jax.plan.points import Planner, Point, Step
 from gptoss_jax.plan.search import meshes, search
-from tests.plan.devices import cpus
+from tests.plan.devices import SMALL, cpus
 from tests.tiny import TINY
+
+SIX_LAYERS = dataclasses.replace(TINY, num_layers=6, layer_kinds=TINY.layer_kinds + TINY.layer_kinds[:2])
 
 
 def test_every_mesh_is_tried() -> None:
@@ -17,19 +24,37 @@ def test_every_mesh_is_tried() -> None:
 
 def test_meshes_are_ranked_by_their_decode_step() -> None:
     topology = cpus(2)
-    found = search(TINY, topology, batch=1, context=64)
+    found = search(SMALL, topology, batch=1, context=64)
     assert sorted(tuple(candidate.axes.values()) for candidate in found.candidates) == [(1, 1, 2), (1, 2, 1)]
     times = [candidate.decode_ms for candidate in found.candidates]
     assert times == sorted(times)
     assert not found.is_estimated
+    assert found.depths == (2,), "the whole of a model of few layers"
     for candidate in found.candidates:
-        planner = Planner(TINY, topology, topology.mesh(**candidate.axes))
-        held = planner.held(batch=1, context=64)
+        held = Planner(SMALL, topology, topology.mesh(**candidate.axes)).held(batch=1, context=64)
         assert held < candidate.needed < topology.memory_bytes
-    tensor = next(candidate for candidate in found.candidates if candidate.axes["tensor"] == 2)
-    point = Planner(TINY, topology, topology.mesh(tensor=2)).point(batch=1, context=64)
-    assert tensor.needed == pytest.approx(point.needed, rel=0.05), "few layers and a line say what all layers need"
     assert "tensor=2" in str(found)
+
+
+def test_few_layers_and_a_line_say_what_all_layers_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(planner: Planner, *, batch: int, context: int, max_chunk: int) -> Point:
+        layers = planner.config.num_layers
+        usage = Usage(weights=1, cache=1, other_arguments=0, temporaries=100 + layers, results=0, code=10 * layers)
+        step = Step(
+            usage=usage, floor=Work(0, 0), estimated_seconds=1e-3 * (5 + layers), collectives=[], compile_seconds=0.0
+        )
+        steps: Any = {"decode": step, "prefill": step}
+        return Point(batch=batch, context=context, chunk=max_chunk, weights=1, cache=1, steps=steps)
+
+    monkeypatch.setattr(Planner, "point", compiled)
+    topology = cpus(1)
+    found = search(SIX_LAYERS, topology, batch=1, context=64)
+    [only] = found.candidates
+    assert found.depths == (2, 4)
+    held = Planner(SIX_LAYERS, topology, topology.mesh()).held(batch=1, context=64)
+    assert only.needed == held + 106 + 2 * 60
+    assert only.decode_ms == pytest.approx(11)
+    assert only.prefill_ms == pytest.approx(11)
 
 
 def test_mesh_whose_weights_do_not_fit_is_last_and_not_compiled() -> None:
