@@ -102,8 +102,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _run_verify(options: argparse.Namespace) -> int:
     if options.golden:
         return run_together(_run_golden, options)
-    if options.mesh is not None or options.dtype != DTYPES[0] or options.coordinator is not None:
-        where = "--mesh, --dtype, --coordinator"
+    told = options.mesh, options.coordinator, options.num_processes, options.process_id
+    if options.dtype != DTYPES[0] or any(value is not None for value in told):
+        where = "--mesh, --dtype, --coordinator, --num-processes, --process-id"
         raise ShardingError("no model to place", where=where, fix="add --golden, or leave them out")
     return run_verify(options)
 

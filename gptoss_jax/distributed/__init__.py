@@ -24,6 +24,7 @@ __all__ = ["exchange", "fail", "initialize", "is_first", "loss", "num_processes"
 
 _VERSIONS = ("gptoss-jax", "jax", "jaxlib")
 _NO_PROXY = "no_grpc_proxy"
+_LONGEST_WAIT_SECONDS = 1e9  # a socket takes no more than 9.2e9
 _START_SECONDS = 600
 _SHUTDOWN_SECONDS = 60
 
@@ -54,6 +55,8 @@ def initialize(
     global _team
     if _team is not None:
         raise DistributedError("initialized already", where="gptoss_jax.distributed", fix="call initialize once")
+    if not 0 < timeout_s <= _LONGEST_WAIT_SECONDS:  # nan neither
+        raise DistributedError(f"cannot wait {timeout_s:g} s", where="wait", fix="give a number of seconds above 0")
     place = find(coordinator, num_processes, process_id)
     if place is None:
         return

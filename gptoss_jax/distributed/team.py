@@ -33,6 +33,7 @@ class Team:
         self._names: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)  # threads take turns at one
         self._changed = threading.Condition()
         self._watching = False
+        self._forced = False  # whether the loss is more than a process that was done
         for peer, line in self._lines.items():
             threading.Thread(target=self._listen, args=(peer, line), daemon=True).start()
 
@@ -100,8 +101,8 @@ class Team:
                     with self._changed:
                         self._given.setdefault(name, {})[peer] = value
                         self._changed.notify_all()
-                case {"kind": "lost", "peer": lost, "reason": reason}:
-                    self._lose(lost, reason)
+                case {"kind": "lost", "peer": lost, "reason": reason, "force": force}:
+                    self._lose(lost, reason, force=force)
                 case {"kind": "leaves", "failure": failure}:
                     self._lose(peer, failure or "it was done", force=failure is not None)
                     return
@@ -114,13 +115,13 @@ class Team:
             fix="see what it printed, and start all of them again",
         )
         with self._changed:
-            if self.loss is not None:
+            if self.loss is not None and (self._forced or not force):
                 return
-            self.loss = loss
+            self.loss, self._forced = loss, force
             self._changed.notify_all()
         self._told.put(loss)
         if self.process_id == 0:  # the others have no line to each other
-            self._send(kind="lost", peer=peer, reason=reason)
+            self._send(kind="lost", peer=peer, reason=reason, force=force)
         if force and self._watching:
             time.sleep(_GRACE_SECONDS)
             if self._watching:

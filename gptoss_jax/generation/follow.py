@@ -15,10 +15,10 @@ from gptoss_jax.model.transformer import Transformer
 def lead(
     model: Any, prompt: Sequence[int], sampling: Sampling | None = None, *, max_new_tokens: int
 ) -> Iterator[generate.Token]:
-    """`stream` with what process 0 passes: for the other processes too, which `follow`."""
+    """`stream` with what process 0 passes: for the other processes too, which `follow` from the first `next` on."""
     own = [*map(int, prompt)], dataclasses.asdict(sampling or Sampling()), max_new_tokens
     prompt, settings, max_new_tokens = distributed.tell(own)
-    return generate.stream(model, prompt, Sampling(**settings), max_new_tokens=max_new_tokens)
+    yield from generate.stream(model, prompt, Sampling(**settings), max_new_tokens=max_new_tokens)
 
 
 def follow(model: Transformer) -> None:

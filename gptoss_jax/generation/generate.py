@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -224,11 +224,12 @@ def prefill_chunk(model: Transformer, batch: int, *, limit: int | None = None) -
 
 
 def _memory_limit(mesh: Mesh) -> int | None:
-    """What JAX may take of a device's memory, the least over the processes; None where the platform does not say, or no
-    device is here."""
-    statistics = [device.memory_stats() or {} for device in mesh.local_devices[:1]]
-    own = statistics[0].get("bytes_limit") if statistics else None
-    limits = distributed.exchange("memory limit", own)
+    """What JAX may take of a device's memory, the least of all devices; None where the platform does not say."""
+    own = _least((device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices)
+    return _least(distributed.exchange("memory limit", own))
+
+
+def _least(limits: Iterable[int | None]) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -83,10 +83,9 @@ class SamplingRows:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "SamplingRows":
-        """One row per sampling, on the host; a missing seed is drawn here, in process 0 for all."""
-        seeds = [secrets.randbits(32) if sampling.seed is None else sampling.seed for sampling in samplings]
-        if any(sampling.seed is None for sampling in samplings):
-            seeds = distributed.tell(seeds)
+        """One row per sampling, on the host; a missing seed is drawn here. Process 0's seeds hold for all."""
+        own = [secrets.randbits(32) if sampling.seed is None else sampling.seed for sampling in samplings]
+        seeds = distributed.tell(own)
         return cls(
             temperature=np.array([sampling.temperature for sampling in samplings], np.float32),
             top_k=np.array([sampling.top_k for sampling in samplings], np.int32),

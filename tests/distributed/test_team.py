@@ -1,4 +1,6 @@
 import contextlib
+import os
+import queue
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,6 +82,20 @@ def test_process_that_waits_for_one_that_is_done_is_told_so(teams) -> None:
     assert not first.failed
     with pytest.raises(DistributedError, match=r"process 0 ended \(it was done\)"):
         second.exchange("x", 1)
+
+
+def test_process_that_is_lost_ends_the_others_and_one_that_is_done_does_not(monkeypatch, teams, connections) -> None:
+    ends: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(os, "_exit", ends.put)
+    monkeypatch.setattr("gptoss_jax.distributed.team._GRACE_SECONDS", 0.0)
+    _, second, third = teams
+    third.watch()
+    second.leave()
+    assert str(third.lost(20.0)).startswith("process 1 ended (it was done): process 2 of 3: ")
+    connections[1][0].shutdown(socket.SHUT_RDWR)
+    assert ends.get(timeout=20.0) == 2
+    assert str(third.loss).startswith("process 0 ended (its connection closed): process 2 of 3: ")
+    assert ends.empty()
 
 
 def test_connection_is_held_open_when_the_other_side_is_gone() -> None:

@@ -1,9 +1,11 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.errors import PromptError, SamplingError
@@ -169,6 +171,15 @@ def test_bad_prompts_are_refused(tiny_model, prompts, message):
 def test_bad_settings_are_refused(tiny_model, settings, message):
     with pytest.raises(SamplingError, match=message):
         generate(tiny_model, [[1]], **settings)
+
+
+@pytest.mark.parametrize(
+    ("devices", "least"), [([{"bytes_limit": 16}, None, {"bytes_limit": 14}, {}], 14), ([None, {}], None), ([], None)]
+)
+def test_memory_is_that_of_the_device_with_the_least(monkeypatch, devices, least):
+    local = [SimpleNamespace(memory_stats=lambda found=found: found) for found in devices]
+    monkeypatch.setattr(Mesh, "local_devices", local)
+    assert generation._memory_limit(make_mesh()) == least
 
 
 @pytest.mark.parametrize(("gigabytes", "tokens"), [(141, 8192), (16, 1024), (14, 512)])

@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptoss_jax import distributed
 from gptoss_jax.errors import SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows, _kept, sample
 from gptoss_jax.sharding import MODEL_AXES, make_mesh
@@ -93,6 +94,11 @@ def test_a_row_without_cut_offs_keeps_every_token_beside_one_with_them():
 def test_a_missing_seed_is_drawn_anew():
     first, second = (SamplingRows.of([Sampling()] * 4).seed for _ in range(2))
     assert set(first) != set(second)
+
+
+def test_seeds_are_process_0s_even_where_none_is_missing(monkeypatch):
+    monkeypatch.setattr(distributed, "tell", lambda seeds: [seed + 1 for seed in seeds])
+    assert SamplingRows.of([Sampling(seed=1), Sampling(seed=7)]).seed.tolist() == [2, 8]
 
 
 @pytest.mark.parametrize(
