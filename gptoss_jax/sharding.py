@@ -36,8 +36,8 @@ def spec(dims: str, axes: Axes) -> P:
     """The PartitionSpec of an array with these dims.
 
     Example:
-        >>> spec("N H D", WEIGHT_AXES)
-        P('tensor', None, None)
+        >>> spec("E D", WEIGHT_AXES)
+        P(('expert', 'tensor'), None)
     """
     return P(*(axes.get(dim) for dim in dims.split()))
 

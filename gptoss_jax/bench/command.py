@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     from gptoss_jax.bench.timing import ceilings
     from gptoss_jax.compilation import enable_cache
     from gptoss_jax.distributed import is_first
+    from gptoss_jax.sharding import parse_axes
 
     name, config = _config(options)
     plan = Plan(
@@ -88,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
         collectives=options.collectives,
     )
     check(plan, config)
+    sizes = parse_axes(options.mesh) if options.mesh else {}
+    if plan.collectives and sizes.get("expert", 1) * sizes.get("tensor", 1) == 1:
+        raise BenchError("no sums over devices", where="--collectives", fix="split the model: --mesh expert=2, say")
     enable_cache()
     report = surroundings(_command_line(sys.argv[1:]))
     rates = ceilings()
@@ -97,8 +101,6 @@ def run(options: argparse.Namespace) -> int:
     model = _model(options, config)
     report |= {"weights": "random" if options.checkpoint is None else "checkpoint", "left_out": []}
     table.header()
-    if options.collectives and model.mesh.size == model.mesh.shape["data"]:
-        raise BenchError("no sums over devices", where="--collectives", fix="split the model: --mesh expert=2, say")
     devices = model.mesh.size
     report["mesh"] = dict(model.mesh.shape)
     together = Ceilings(devices * rates.read_bytes_per_s, devices * rates.dense_flops_per_s)

@@ -89,10 +89,11 @@ def attention_row(
 @jax.jit
 def _experts(model: Transformer, xs: Sequence[Any], ids: Sequence[Any], routing: Sequence[Any]) -> list[Any]:
     with ambient_mesh(model.mesh):
-        return [
-            layer.experts(*_placed(x, chosen, weights), residual=x, mailboxes={}, impl=model.impl)[0]
-            for layer, x, chosen, weights in zip(model.layers, xs, ids, routing, strict=False)
-        ]
+        answers = []
+        for layer, *arrays in zip(model.layers, xs, ids, routing, strict=False):
+            x, chosen, shares = _placed(*arrays)
+            answers.append(layer.experts(x, chosen, shares, residual=x, mailboxes={}, impl=model.impl)[0])
+        return answers
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -18,4 +18,4 @@ class Plan:
     split: bool = False
     """Measure every decode and prefill row again with one stage left out, for each stage."""
     collectives: bool = False
-    """Measure every decode row again without the sums over devices."""
+    """Measure every decode and prefill row again without the sums over devices."""

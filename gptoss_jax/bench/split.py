@@ -33,39 +33,39 @@ LeftOut = Part | Literal["generate"]
 """A stage, or every stage at once. Of a prefill, "generate" is what that function does around the program: the cache
 made, the first token chosen and fetched; rows of a prefill that leave a stage out leave that out too."""
 
-_PARTS: tuple[Part, ...] = (*STAGES, "everything")
+PARTS: tuple[Part, ...] = (*STAGES, "everything")
 _COLUMNS = ("generate", *STAGES)
 _WIDTH = 11
 _HEAD_WIDTH = 31
 
 
 def decode_rows(
-    model: Transformer, name: str, ceilings: Ceilings, *, batch: int, context: int, steps: int
+    model: Transformer,
+    name: str,
+    ceilings: Ceilings,
+    *,
+    batch: int,
+    context: int,
+    steps: int,
+    parts: Sequence[Part],
 ) -> list[Row]:
-    """The ordinary row, and one for each stage left out and for all of them."""
+    """The ordinary row, and one for each part left out: all stages, and each."""
     rows = []
-    for part in (None, *_PARTS):
+    for part in (None, *parts):
         with _variant(model, part) as variant:
             row = decode_row(variant, name, ceilings, batch=batch, context=context, steps=steps, left_out=part)
         rows.append(row)
     return rows
 
 
-def prefill_rows(model: Transformer, name: str, ceilings: Ceilings, *, num_tokens: int) -> list[Row]:
-    """The ordinary row, one of the program `prefill` alone, and that with each stage left out and all of them."""
+def prefill_rows(
+    model: Transformer, name: str, ceilings: Ceilings, *, num_tokens: int, parts: Sequence[Part]
+) -> list[Row]:
+    """The ordinary row, one of the program `prefill` alone, and that with each part left out: all stages, and each."""
     rows = [prefill_row(model, name, ceilings, num_tokens=num_tokens)]
-    for part in (None, *_PARTS):
+    for part in (None, *parts):
         with _variant(model, part) as variant:
             rows.append(_program_row(variant, name, ceilings, num_tokens=num_tokens, part=part))
-    return rows
-
-
-def rows_alone(model: Transformer, name: str, ceilings: Ceilings, *, batch: int, context: int, steps: int) -> list[Row]:
-    """The ordinary row of decoding, and one without the sums over devices, whose part of the step is the difference."""
-    rows = []
-    for part in (None, "collectives"):
-        with _variant(model, part) as variant:
-            rows.append(decode_row(variant, name, ceilings, batch=batch, context=context, steps=steps, left_out=part))
     return rows
 
 
@@ -75,7 +75,7 @@ def compile_ahead(
     prompts: Sequence[int],
     *,
     steps: int,
-    parts: Sequence[Part] = _PARTS,
+    parts: Sequence[Part],
 ) -> None:
     """Compile every program that `decode_rows` and `prefill_rows` will run, as many at a time as there are processors.
 
@@ -190,15 +190,15 @@ def table(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
 
 
 def shares(rows: Sequence[Row]) -> list[str]:
-    """For each step that was measured without its sums over devices: what they take of it."""
-    whole = {(row.phase, row.batch, row.context): row for row in rows if row.left_out is None}
+    """For each step that was measured without its sums over devices: what they take of it, of a prefill's program."""
+    whole = {(row.phase, row.batch, row.context): row for row in rows if row.left_out in (None, "generate")}
     lines = []
     for row in rows:
         if row.left_out == "collectives":
             step = whole[row.phase, row.batch, row.context].ms
             lines.append(
-                f"sums over devices, batch {row.batch}, context {row.context}: "
-                f"{1e3 * (step - row.ms):.0f} us of a step, {1 - row.ms / step:.1%}"
+                f"sums over devices, {row.phase}, batch {row.batch}, context {row.context}: "
+                f"{1e3 * (step - row.ms):.0f} us, {1 - row.ms / step:.1%}"
             )
     return lines
 

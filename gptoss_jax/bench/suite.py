@@ -1,7 +1,7 @@
 """The rows of a plan, one after the other, and what happens to one that does not fit."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from gptoss_jax.bench import split
 from gptoss_jax.bench.kernels import attention_row, expert_rows
 from gptoss_jax.bench.plan import Plan
 from gptoss_jax.bench.report import Row
-from gptoss_jax.bench.roofline import Ceilings
+from gptoss_jax.bench.roofline import Ceilings, Part
 from gptoss_jax.bench.steps import decode_row, prefill_row
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import BenchError, DoesNotFit
@@ -39,8 +39,8 @@ def check(plan: Plan, config: ModelConfig) -> None:
 def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> Iterator[Row | DoesNotFit]:
     """The rows of a plan as they are measured, kernels first; in place of one that does not fit, why not.
 
-    With `split`, a row is followed by those of the same step with a stage left out; with `collectives`, one of decoding
-    by that without the sums over devices.
+    With `split`, a row is followed by those of the same step with a stage left out; with `collectives`, by one without
+    the sums over devices.
 
     Raises BenchError for a plan that `check` refuses, or a model whose decoding gives no numbers.
 
@@ -59,12 +59,11 @@ def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> It
         for shape in shapes:
             for kind in sorted(set(model.config.layer_kinds)):
                 yield from _fitting(part(attention_row, model, name, ceilings, kind, **shape))
-    if plan.split:
-        split.compile_ahead(model, shapes, plan.prompts, steps=plan.steps)
-    decoding, prefilling = (split.decode_rows, split.prefill_rows) if plan.split else (decode_row, prefill_row)
-    if plan.collectives:
-        split.compile_ahead(model, shapes, (), steps=plan.steps, parts=("collectives",))
-        decoding = split.rows_alone
+    decoding, prefilling = decode_row, prefill_row
+    if plan.split or plan.collectives:
+        parts: Sequence[Part] = ("collectives",) if plan.collectives else split.PARTS
+        split.compile_ahead(model, shapes, plan.prompts, steps=plan.steps, parts=parts)
+        decoding, prefilling = part(split.decode_rows, parts=parts), part(split.prefill_rows, parts=parts)
     for shape in shapes:
         yield from _fitting(part(decoding, model, name, ceilings, steps=plan.steps, **shape))
     for num_tokens in plan.prompts:

@@ -87,8 +87,10 @@ def initialize(
             coordinator_bind_address=service if is_local(place) else service.replace("127.0.0.1", "[::]"),
         )
     except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        fail(reason)
         raise DistributedError(
-            f"JAX cannot start with others ({' '.join(str(error).split())})",
+            f"JAX cannot start with others ({reason})",
             where="jax.distributed.initialize",
             fix="call gptoss_jax.distributed.initialize before anything else that uses JAX",
         ) from error

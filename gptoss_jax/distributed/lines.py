@@ -28,6 +28,7 @@ class Line:
         >>> near.close()
         >>> far.receive() is None
         True
+        >>> far.close()
     """
 
     def __init__(self, connection: socket.socket) -> None:

@@ -16,7 +16,16 @@ from jaxtyping import Array, Int
 
 from gptoss_jax.config import LayerKind, ModelConfig
 from gptoss_jax.errors import CacheError
-from gptoss_jax.sharding import DEVICES, MODEL_AXES, AxisNames, activation, check_batch, head_axes, per_row
+from gptoss_jax.sharding import (
+    DEVICES,
+    MODEL_AXES,
+    AxisNames,
+    activation,
+    ambient_mesh,
+    check_batch,
+    head_axes,
+    per_row,
+)
 from pallas_kernels.attention import pool_width
 from pallas_kernels.dispatch import platform
 from pallas_kernels.exchange import MOST_TOKENS, Mailbox, Mailboxes
@@ -86,13 +95,15 @@ class Cache:
         max_chunk: int = 512,
         dtype: Any = jnp.bfloat16,
         mesh: Mesh | None = None,
+        mailboxes: bool | None = None,
     ) -> "Cache":
         """An empty cache with room for `max_length` tokens in each of `batch` rows.
 
         Its bytes: 2 * K * H * itemsize for each token of each full layer, and for each sliding layer a ring that
         holds the window and one chunk, whatever `max_length` is. On a TPU H counts as the next multiple of 128.
 
-        Without `mesh` the cache goes where the ambient mesh says, so that a traced function can make one.
+        Without `mesh` the cache goes where the ambient mesh says, so that a traced function can make one. `mailboxes`,
+        by default as `mails(mesh)` says and none without a mesh, are for programs that call `met` before all else.
 
         Raises CacheError if `max_length` is outside the model's context, ShardingError if rows do not divide.
         """
@@ -105,7 +116,14 @@ class Cache:
         if mesh is not None:
             check_batch(batch, mesh)
             with jax.set_mesh(mesh):
-                return _create_on_mesh(config, batch=batch, max_length=max_length, max_chunk=max_chunk, dtype=dtype)
+                return _create_on_mesh(
+                    config,
+                    batch=batch,
+                    max_length=max_length,
+                    max_chunk=max_chunk,
+                    dtype=dtype,
+                    mailboxes=mails(mesh) if mailboxes is None else mailboxes,
+                )
         max_chunk = min(max_chunk, max_length)
         all_pages = -(-max_length // PAGE_SLOTS)
         ring_pages = -(-(config.sliding_window + max_chunk - 2) // PAGE_SLOTS) + 1
@@ -139,7 +157,7 @@ class Cache:
             values=pools(),
             tables={kind: table(widths[kind]) for kind in sorted(set(config.layer_kinds))},
             lengths=zeros("B", (batch,), jnp.int32),
-            mailboxes=_mailboxes(config, rows_in_shard, dtype),
+            mailboxes=_mailboxes(config, rows_in_shard) if mailboxes and dtype == jnp.bfloat16 else {},
             max_length=all_pages * PAGE_SLOTS,  # in whole pages: lengths of equal shapes share programs
             max_chunk=max_chunk,
         )
@@ -198,11 +216,17 @@ class Cache:
         return per_row(plan)(self.tables[kind], self.lengths, counts)
 
 
-def _mailboxes(config: ModelConfig, rows: int, dtype: Any) -> Mailboxes:
-    """Empty mailboxes for steps of so many rows, where GPUs of one process share a layer's sums."""
+def mails(mesh: Mesh) -> bool:
+    """Whether devices of the mesh leave parts of sums in each other's memory: Hopper GPUs of one process, by their
+    numbers in order, as Mosaic counts them."""
+    numbers = [device.id for device in mesh.devices.flat]
+    with ambient_mesh(mesh):
+        return jax.process_count() == 1 and platform() == "hopper" and numbers == list(range(mesh.size))
+
+
+def _mailboxes(config: ModelConfig, rows: int) -> Mailboxes:
+    """Empty mailboxes for steps of so many rows, for each group of devices that shares a layer's sums."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or platform() != "hopper" or dtype != jnp.bfloat16 or jax.process_count() > 1:
-        return {}
 
     def empty(axes: AxisNames) -> Mailbox:
         senders = math.prod(mesh.shape[axis] for axis in axes)
@@ -215,4 +239,6 @@ def _mailboxes(config: ModelConfig, rows: int, dtype: Any) -> Mailboxes:
     return {axes: empty(axes) for axes in groups if any(mesh.shape[axis] > 1 for axis in axes)}
 
 
-_create_on_mesh = jax.jit(Cache.create, static_argnums=0, static_argnames=("batch", "max_length", "max_chunk", "dtype"))
+_create_on_mesh = jax.jit(
+    Cache.create, static_argnums=0, static_argnames=("batch", "max_length", "max_chunk", "dtype", "mailboxes")
+)

@@ -11,7 +11,7 @@ from jax.stages import Compiled, Lowered
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, prefill, start
-from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.cache import Cache, mails
 from gptoss_jax.model.transformer import Transformer, abstract, ambient_mesh, fill, leaves, prepare
 from pallas_kernels.dispatch import Impl
 
@@ -30,7 +30,14 @@ def abstract_cache(model: Transformer, *, batch: int, max_length: int, max_chunk
     """The cache that `Cache.create` would make for these rows. Raises what it raises."""
 
     def create() -> Cache:
-        return Cache.create(model.config, batch=batch, max_length=max_length, max_chunk=max_chunk, dtype=model.dtype)
+        return Cache.create(
+            model.config,
+            batch=batch,
+            max_length=max_length,
+            max_chunk=max_chunk,
+            dtype=model.dtype,
+            mailboxes=mails(model.mesh),
+        )
 
     with ambient_mesh(model.mesh):
         shapes = jax.eval_shape(create)

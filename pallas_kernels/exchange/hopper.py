@@ -58,9 +58,9 @@ def add_parts(
             for part in range(num_parts):
                 words = code.load_global_pair(code.moved(values, code.plus(start, 4 * part * width)))
                 if owners:
-                    ids, first = owners
+                    ids, first_id = owners
                     place = code.plus(code.times(token, 4 * num_parts), 4 * part)
-                    expert = arith.subi(code.load_global_word(code.moved(ids, place)), code.load_global_word(first))
+                    expert = arith.subi(code.load_global_word(code.moved(ids, place)), code.load_global_word(first_id))
                     is_here = code.less(expert, parts.count)
                     words = [arith.select(is_here, word, code.constant(0)) for word in words]
                 floats = [arith.bitcast(code.f32(), word) for word in words]

@@ -57,6 +57,8 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--model tiny --context 0 --prefill 0", "nothing to measure: "),
         ("ckpt --model 20b", "a checkpoint and --model: --model: give one of the two"),
         ("nowhere", "no such directory: nowhere: "),
+        ("--split --collectives", "--split and --collectives: --collectives: give one of the two"),
+        ("--model tiny --collectives", "no sums over devices: --collectives: split the model: "),
         ("--memory-limit-gb 16", "no NVIDIA GPU to hold to a limit: --memory-limit-gb: leave it out"),
     ],
 )

@@ -142,14 +142,13 @@ def test_compiler_drops_no_other_stage(model: Transformer, reads_of_whole: dict[
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("once")
-def test_rows_of_every_stage(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoding = split.decode_rows(model, "small", RATES, batch=3, context=20, steps=2)
+def test_rows_of_every_stage(model: Transformer) -> None:
+    decoding = split.decode_rows(model, "small", RATES, batch=3, context=20, steps=2, parts=split.PARTS)
     assert [row.left_out for row in decoding] == [None, *STAGES, "everything"]
     assert all(row.ms > 0 for row in decoding)
     assert all(row.distinct_tokens and row.distinct_tokens > 1 for row in decoding)
     assert len(split.table(decoding, RATES)) == 1 + 2
-    monkeypatch.setattr(split, "_PARTS", ("experts",))
-    split.compile_ahead(model, [], [40], steps=2)
-    prefilling = split.prefill_rows(model, "small", RATES, num_tokens=40)
+    split.compile_ahead(model, [], [40], steps=2, parts=["experts"])
+    prefilling = split.prefill_rows(model, "small", RATES, num_tokens=40, parts=["experts"])
     assert [row.left_out for row in prefilling] == [None, "generate", "experts"]
     assert max(row.compile_s or 0 for row in prefilling[1:]) < 0.5, "they were compiled ahead"

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from gptoss_jax.bench import steps, suite, timing
+from gptoss_jax.bench import split, stand_ins, steps, suite, timing
 from gptoss_jax.bench.plan import Plan
 from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings, decode_work
 from gptoss_jax.bench.weights import random_model
 from gptoss_jax.errors import BenchError, DoesNotFit
 from gptoss_jax.model.transformer import Transformer, abstract, fill, leaves
+from gptoss_jax.plan.collectives import step_collectives
+from gptoss_jax.sharding import make_mesh
 from tests.tiny import TINY
 
 RATES = Ceilings(read_bytes_per_s=1e9, dense_flops_per_s=1e9)
@@ -79,6 +81,30 @@ def test_kernel_rows(model: Transformer) -> None:
         None,
     ]
     assert {row.phase for row in found[:3] if isinstance(row, Row)} == {"kernel"}
+
+
+def test_rows_without_sums_over_devices_say_their_share() -> None:
+    split_model = random_model(dataclasses.replace(SMALL, vocab_size=132), mesh=make_mesh(expert=2))
+    found = rows(split_model, batches=(2,), contexts=(9,), prompts=(20,), steps=2, collectives=True)
+    assert [row.left_out for row in found if isinstance(row, Row)] == [
+        *(None, "collectives"),
+        *(None, "generate", "collectives"),
+    ]
+    decoding, prefilling = split.shares([row for row in found if isinstance(row, Row)])
+    assert decoding.startswith("sums over devices, decode, batch 2, context 9: ")
+    assert prefilling.startswith("sums over devices, prefill, batch 1, context 20: ")
+
+
+def test_each_device_alone_goes_on_with_its_own_part() -> None:
+    split_model = random_model(dataclasses.replace(SMALL, vocab_size=132), mesh=make_mesh(expert=2))
+    with stand_ins.alone(split_model) as variant:
+        alone = _sums(variant)
+    assert (_sums(split_model), alone) == (2 * SMALL.num_layers + 1, 0)
+
+
+def _sums(model: Transformer) -> int:
+    program = split.lowered_decode(model, batch=2, context=9, steps=2).compile().as_text() or ""
+    return sum(each.count for each in step_collectives(program, SMALL.num_layers) if each.kind == "all-reduce")
 
 
 def test_context_at_the_end_of_the_models_leaves_room_for_the_steps() -> None:

@@ -115,15 +115,25 @@ def test_places_that_make_no_sense_are_one_line(
 
 
 SCRIPT = """
-import sys
+import sys, time
+import jax
 from gptoss_jax import distributed
 process_id = int(sys.argv[2])
+if process_id == 1 and "jax first" in sys.argv:
+    jax.devices()
 distributed.initialize(sys.argv[1], 2, process_id)
 if process_id == 1:
     raise ValueError("no luck")
-import time
 time.sleep(60)
 """
+
+
+def test_script_that_started_jax_too_early_is_told_so() -> None:
+    coordinator = f"localhost:{free_port()}"
+    first, second = finish([start("-c", SCRIPT, coordinator, index, "jax first") for index in range(2)])
+    assert (first[0], second[0]) == (2, 1)
+    assert first[2].startswith("gptoss-jax: process 1 ended (jax.distributed.initialize() must be called before any")
+    assert "DistributedError: JAX cannot start with others (jax.distributed.initialize() must be called" in second[2]
 
 
 def test_script_that_raises_ends_the_other() -> None:

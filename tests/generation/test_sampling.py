@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.errors import SamplingError
 from gptoss_jax.generation.sampling import Sampling, SamplingRows, _kept, sample
+from gptoss_jax.sharding import MODEL_AXES, make_mesh
 
 VOCAB = 12
 PROBABILITIES = np.array([0.4, 0.2, 0.12, 0.1, 0.08, 0.05, 0.02, 0.01, 0.01, 0.005, 0.003, 0.002])
@@ -122,3 +125,33 @@ def test_padding_is_never_chosen(temperature):
         token, *_ = sample(logits, rows, jnp.full(2, drawn))
         assert token[0] == 0
         assert token[1] < 130
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "tensor": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_vocabulary_in_parts_gives_the_tokens_of_the_whole(axes, temperature):
+    logits = np.random.default_rng(3).standard_normal((4, 1200)).astype(np.float32)
+    logits[0, [5, 700, 1199]] = 9.0  # equal: the lowest token wins, wherever it lies
+    logits[1, 1100] = np.nan
+    logits[2, :600] = -np.inf
+    rows = SamplingRows.of([Sampling(temperature=temperature, seed=row) for row in range(4)])
+    drawn = np.arange(4, dtype=np.int32)
+    mesh = make_mesh(**axes)
+
+    def split(logits, rows, drawn):
+        return sample(logits, rows, drawn, axes=MODEL_AXES)
+
+    by_row = P("data")
+    placed = jax.device_put(
+        (logits, rows, drawn),
+        (NamedSharding(mesh, P("data", MODEL_AXES)), NamedSharding(mesh, by_row), NamedSharding(mesh, by_row)),
+    )
+    found = jax.jit(
+        jax.shard_map(
+            split, mesh=mesh, in_specs=(P("data", MODEL_AXES), by_row, by_row), out_specs=by_row, check_vma=False
+        )
+    )(*placed)
+    expected = sample(jnp.asarray(logits), rows, jnp.asarray(drawn))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The programs of the gate, compiled for one H200 from shapes alone: the decode step and a chunk of prefill.
+"""The programs of the gate, compiled for one H200, or two, from shapes alone: the decode step and a chunk of prefill.
 
 `python -m tests.gpu_gate.programs NAME RESULT.json` compiles one of them at two depths, in a process of its own, so
 that what ptxas says on the standard output belongs to it.
@@ -16,6 +16,7 @@ from gptoss_jax.bench.launches import Launch, count, program_launches, step_laun
 from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.generation.generate import PREFILL_TOKENS
 from gptoss_jax.generation.sampling import Sampling
+from gptoss_jax.plan.collectives import Collective, program_collectives, step_collectives
 from gptoss_jax.plan.programs import DRAWN, abstract_cache, abstract_model, lowered_decode, lowered_prefill
 from gptoss_jax.plan.topologies import find
 
@@ -27,7 +28,7 @@ _TOKENS = PREFILL_TOKENS["hopper"]
 
 def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     """The program called `name`, of the 20b at full width with `depth` layers."""
-    kind, _, number = name.partition("-")
+    kind, number, *_ = name.split("-")
     model = abstract_model(gpt_oss_20b().first_layers(depth), mesh)
     if kind == "prefill":
         length = int(number)
@@ -40,12 +41,15 @@ def compiled(name: str, depth: int, mesh: Mesh) -> Any:
 
 def figures(name: str) -> dict[str, Any]:
     """Launches a layer and outside of the layers, temporaries of the deeper program, and the list of its launches."""
-    mesh = find("h200:1").mesh()
+    mesh = find("h200:2").mesh(expert=2) if name.endswith("-two") else find("h200:1").mesh()
     programs = [compiled(name, depth, mesh) for depth in DEPTHS]
     listed = [_launches(name, program.as_text()) for program in programs]
     shallow, deep = (count(launches) for launches in listed)
     per_layer = (deep - shallow) / (DEPTHS[1] - DEPTHS[0])
+    sent = _collectives(name, programs[1].as_text())
     return {
+        "collectives_per_layer": sum(collective.per_layer for collective in sent),
+        "collectives_outside": sum(collective.count - DEPTHS[1] * collective.per_layer for collective in sent),
         "launches_per_layer": per_layer,
         "launches_outside": shallow - DEPTHS[0] * per_layer,
         "temporary_bytes": programs[1].memory_analysis().temp_size_in_bytes,
@@ -55,6 +59,11 @@ def figures(name: str) -> dict[str, Any]:
 
 def _launches(name: str, text: str) -> list[Launch]:
     return program_launches(text) if name.startswith("prefill") else step_launches(text)
+
+
+def _collectives(name: str, text: str) -> list[Collective]:
+    read = program_collectives if name.startswith("prefill") else step_collectives
+    return read(text, DEPTHS[1])
 
 
 if __name__ == "__main__":
