@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
         sizes = (f"{key.removesuffix('_bytes')} {value / _GB:.2f}" for key, value in report["memory"].items())
         table.line(f"memory, GB: {', '.join(sizes)}")
     if options.plot is not None and rows and is_first():
-        plot.draw(options.plot, rows, rates, title=f"gpt-oss {name}, {report['device']}")
+        plot.draw(options.plot, rows, together, title=f"gpt-oss {name}, {report['device']}")
     return 0
 
 

@@ -28,7 +28,7 @@ from gptoss_jax.sharding import (
 )
 from pallas_kernels.attention import pool_width
 from pallas_kernels.dispatch import platform
-from pallas_kernels.exchange import MOST_TOKENS, Mailbox, Mailboxes
+from pallas_kernels.exchange import MOST_SENT, MOST_TOKENS, Mailbox, Mailboxes
 
 PAGE_SLOTS = 64
 """Tokens in a page."""
@@ -230,7 +230,8 @@ def _mailboxes(config: ModelConfig, rows: int) -> Mailboxes:
 
     def empty(axes: AxisNames) -> Mailbox:
         senders = math.prod(mesh.shape[axis] for axis in axes)
-        shape = Mailbox.shape(min(max(rows, _FEWEST_MAILED), MOST_TOKENS), config.hidden_size, senders=senders)
+        most = min(max(rows, _FEWEST_MAILED), MOST_TOKENS, MOST_SENT // max(1, senders - 1))
+        shape = Mailbox.shape(most, config.hidden_size, senders=senders)
         return jax.tree.map(
             lambda leaf: jnp.zeros((mesh.size, *leaf.shape[1:]), leaf.dtype, out_sharding=DEVICES), shape
         )

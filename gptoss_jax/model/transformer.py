@@ -114,7 +114,8 @@ class Transformer(nnx.Module):
         steps = {kind: cache.step(kind, counts, num_tokens, self.config) for kind in cache.tables}
         positions = cache.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
         rotation = rotations(positions, self.config)
-        x, mailboxes = self.embedding(tokens, mailboxes=cache.mailboxes)
+        mailboxes: Mailboxes = {} if self.impl == "reference" else cache.mailboxes
+        x, mailboxes = self.embedding(tokens, mailboxes=mailboxes)
         keys, values = list(cache.keys), list(cache.values)
         for index, layer in enumerate(self.layers):
             x, keys[index], values[index], mailboxes = layer(
@@ -131,7 +132,7 @@ class Transformer(nnx.Module):
             keys=tuple(keys),
             values=tuple(values),
             lengths=cache.lengths + counts,
-            mailboxes={axes: mailbox.settled() for axes, mailbox in mailboxes.items()},
+            mailboxes={**cache.mailboxes, **{axes: mailbox.settled() for axes, mailbox in mailboxes.items()}},
         )
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

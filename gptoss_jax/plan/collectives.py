@@ -23,7 +23,7 @@ PEER_WRITES = "peer-writes"
 _PASSES = {"all-reduce": 2}
 """How often a ring passes each byte of the result on."""
 _PEER_WRITE_S = 2.5e-6
-"""What such a kernel, or that part of one, adds to a step for few rows, on H200s (docs/sharding.md)."""
+"""What one adds to a step for few rows, on two H200s (docs/sharding.md, "2.4 us each")."""
 _PEER_BYTES = 4
 """Sent for each byte of the result: float32 and a number in place of bfloat16."""
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")

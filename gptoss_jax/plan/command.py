@@ -85,14 +85,14 @@ def _topology(name: str) -> "Topology":
     import jax
 
     from gptoss_jax.compilation import enable_cache
-    from gptoss_jax.plan.topologies import PRESENT, find
+    from gptoss_jax.plan.topologies import MOST_CPUS, PRESENT, find
 
     if name == PRESENT:
         enable_cache()
     else:
         jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left alone
     kind, _, count = name.partition(":")
-    if kind == "cpu" and count.isdecimal():
+    if kind == "cpu" and count.isdecimal() and int(count) <= MOST_CPUS:
         with contextlib.suppress(RuntimeError):  # JAX runs already: `find` says whether it has as many
             jax.config.update("jax_num_cpu_devices", int(count))
     return find(name)

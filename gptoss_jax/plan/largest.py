@@ -81,6 +81,8 @@ def _largest(
         count = bisect.bisect_right(
             open_ones, memory_bytes, key=lambda size: held(size) + _foreseen(taken, size, memory_bytes)
         )
+        if not fitting and count == 0 and open_ones:
+            count = 1  # what is known takes more than a smaller one would
         if count == 0 or open_ones[count - 1] <= least * _CLOSE:
             break
         chosen = open_ones[count - 1]
@@ -89,7 +91,7 @@ def _largest(
         known[candidates[0]] = point(candidates[0])  # "nothing fits" is to be true
     fitting = {size: found.needed for size, found in known.items() if found.fits(memory_bytes)}
     value = max(fitting, default=0)
-    return Largest(value=value, needed=fitting.get(value, 0), is_bound=value == candidates[-1])
+    return Largest(value=value, needed=fitting.get(value, 0), is_bound=value >= candidates[-1])
 
 
 def _foreseen(taken: dict[int, int], size: int, memory_bytes: int) -> Number:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from gptoss_jax.bench.roofline import Work
 from gptoss_jax.config import ModelConfig
@@ -22,6 +23,7 @@ from gptoss_jax.sharding import check_batch
 
 StepName = Literal["decode", "prefill"]
 _FULL = "RESOURCE_EXHAUSTED"
+_MOST_ESTIMATED_MS = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class Planner:
             name: Step(
                 usage=Usage.of(program, self._model, cache),
                 floor=floors[name],
-                estimated_seconds=estimated_seconds(program) if self.topology.chip.platform == "tpu" else None,
+                estimated_seconds=self._estimated_seconds(program, floors[name]),
                 collectives=_READ[name](program.as_text() or "", self.config.num_layers),
                 compile_seconds=seconds,
             )
@@ -153,6 +155,11 @@ class Planner:
         }
         usage = steps["decode"].usage  # padded as the programs have it
         return dataclasses.replace(without, weights=usage.weights, cache=usage.cache, steps=steps)
+
+    def _estimated_seconds(self, program: Compiled, floor: Work) -> float | None:
+        """The compiler's estimate, which is known but for whole seconds; None where there is none."""
+        known = self.topology.chip.platform == "tpu" and self.topology.ceilings.floor_ms(floor) < _MOST_ESTIMATED_MS
+        return estimated_seconds(program) if known else None
 
 
 _READ = {"decode": step_collectives, "prefill": program_collectives}

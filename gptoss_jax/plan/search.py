@@ -151,7 +151,7 @@ def _candidate(
         missing = (config.num_layers - depths[-1]) / max(1, depths[-1] - depths[0])
         return last + (last - first) * missing
 
-    needed = held + round(extended(lambda point: point.needed - point.weights - point.cache))
+    needed = round(extended(lambda point: point.needed))
     return Candidate(
         axes=axes,
         fits=needed <= topology.memory_bytes,

@@ -17,10 +17,11 @@ from gptoss_jax.plan.chips import GPUS, NUM_GPUS, SLICES, TPUS, Chip, Platform, 
 from gptoss_jax.sharding import make_mesh
 
 PRESENT = "present"
+MOST_CPUS = 256
 """The name of the devices that JAX finds."""
 _MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DEFAULT_SHARE = 0.75  # JAX's own
-_CPU_NAMES = "cpu:N"
+_CPU_NAMES = f"cpu:1 to cpu:{MOST_CPUS}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def find(name: str) -> Topology:
     kind, _, rest = name.partition(":")
     if name == PRESENT:
         return _present()
-    if kind == "cpu" and rest.isdecimal() and int(rest):
+    if kind == "cpu" and rest.isdecimal() and 1 <= int(rest) <= MOST_CPUS:
         return _cpus(int(rest))
     if name not in names():
         raise PlanError(f"no topology {name!r}", where="--topology", fix=f"choose of {', '.join(names())}")

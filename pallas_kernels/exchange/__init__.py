@@ -6,10 +6,10 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.exchange import hopper
-from pallas_kernels.exchange.mailbox import MOST_TOKENS, Mailbox
+from pallas_kernels.exchange.mailbox import MOST_SENT, MOST_TOKENS, Mailbox
 from pallas_kernels.exchange.parts import Parts
 
-__all__ = ["MOST_TOKENS", "AxisNames", "Mailbox", "Mailboxes", "Parts", "add_parts"]
+__all__ = ["MOST_SENT", "MOST_TOKENS", "AxisNames", "Mailbox", "Mailboxes", "Parts", "add_parts"]
 
 AxisNames = tuple[str, ...]
 Mailboxes = Mapping[AxisNames, Mailbox]

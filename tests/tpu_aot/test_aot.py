@@ -37,11 +37,9 @@ def test_a_layer_has_a_sum_over_its_heads_and_one_over_its_experts(label):
     sums = sum(count for name, count in found.items() if name.startswith("all-reduce") and "2880]" in name)
     assert sums == 2 * layers + 1, "one is the embedding's"
     rest = {name: count for name, count in found.items() if "2880]" not in name}
-    gathered = [name for name in rest if not name.startswith("all-reduce")]
-    assert len(gathered) == ("decode" in label), "a decode step gathers what each device found, and nothing else"
-    assert all(re.fullmatch(r"all-gather s32\[\d,\d,5\]", name) and rest.pop(name) == 1 for name in gathered)
-    assert all(name.endswith("[]") for name in rest), "the loop asks whether a row goes on"
-    assert "data" in splits or not rest
+    gathered = {name for name in rest if re.fullmatch(r"all-gather s32\[(\d+,)+5\]", name)}
+    assert len(gathered) == ("decode" in label), "what each device found in its part of the vocabulary"
+    assert "data" in splits or rest.keys() == gathered, "the loop asks whether a row goes on, all get the tokens"
 
 
 def test_collectives_are_read_from_the_programs_text():
