@@ -24,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "MOST_ROWS", 4)
 
 
+@pytest.mark.slow
 def test_object_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PLAN, *MESH, "--json"]) == 0
     [line] = capsys.readouterr().out.splitlines()

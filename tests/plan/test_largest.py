@@ -84,6 +84,7 @@ def test_rooms_are_all_lengths_that_caches_are_made_for() -> None:
     assert rooms(SMALL)[-1] == SMALL.max_context
 
 
+@pytest.mark.slow
 def test_batch_and_context_of_a_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "_MOST_COMPILATIONS", 1)
     topology = cpus(4, memory_bytes=5_000_000)

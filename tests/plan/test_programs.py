@@ -22,6 +22,7 @@ def _described(tree: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_model_and_cache_are_those_that_generate_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, context, batch = make_mesh(data=2, tensor=2), 100, 4
     model = random_model(SMALL, mesh=mesh, dtype="bfloat16")

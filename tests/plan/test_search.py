@@ -22,6 +22,7 @@ def test_every_mesh_is_tried() -> None:
     assert all(axes["data"] * axes["expert"] * axes["tensor"] == 12 for axes in found)
 
 
+@pytest.mark.slow
 def test_meshes_are_ranked_by_their_decode_step() -> None:
     topology = cpus(2)
     found = search(SMALL, topology, batch=1, context=64)
