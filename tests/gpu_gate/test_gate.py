@@ -77,7 +77,7 @@ def test_every_program_has_its_limits(name: str) -> None:
     figures = set(limits.read()[name])
     kernels = {key for key in figures if key.startswith(limits.SPILLS)}
     assert figures - kernels == {"launches_per_layer", "launches_outside", "temporary_bytes"}
-    parts = "attention", "experts" if name in ("decode-1", "decode-8", "draw-8") else "grouped"
+    parts = "attention", "experts" if name in ("decode-1", "decode-8", "draw-8", "decode-8-two") else "grouped"
     assert all(any(part in kernel for kernel in kernels) for part in parts), "the most expensive kernels are checked"
 
 
