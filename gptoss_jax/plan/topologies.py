@@ -17,8 +17,8 @@ from gptoss_jax.plan.chips import GPUS, NUM_GPUS, SLICES, TPUS, Chip, Platform, 
 from gptoss_jax.sharding import make_mesh
 
 PRESENT = "present"
-MOST_CPUS = 256
 """The name of the devices that JAX finds."""
+MOST_CPUS = 256
 _MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DEFAULT_SHARE = 0.75  # JAX's own
 _CPU_NAMES = f"cpu:1 to cpu:{MOST_CPUS}"

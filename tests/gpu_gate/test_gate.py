@@ -76,8 +76,9 @@ def test_output_without_kernels_fails(
 def test_every_program_has_its_limits(name: str) -> None:
     figures = set(limits.read()[name])
     kernels = {key for key in figures if key.startswith(limits.SPILLS)}
-    assert figures - kernels == {"launches_per_layer", "launches_outside", "temporary_bytes"}
-    parts = "attention", "experts" if name in ("decode-1", "decode-8", "draw-8", "decode-8-two") else "grouped"
+    counted = {f"{what}_{where}" for what in ("launches", "collectives") for where in ("per_layer", "outside")}
+    assert figures - kernels == {*counted, "temporary_bytes"}
+    parts = "attention", "experts" if name.removesuffix("-two") in ("decode-1", "decode-8", "draw-8") else "grouped"
     assert all(any(part in kernel for kernel in kernels) for part in parts), "the most expensive kernels are checked"
 
 

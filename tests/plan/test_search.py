@@ -45,15 +45,14 @@ def test_few_layers_and_a_line_say_what_all_layers_need(monkeypatch: pytest.Monk
             usage=usage, floor=Work(0, 0), estimated_seconds=1e-3 * (5 + layers), collectives=[], compile_seconds=0.0
         )
         steps: Any = {"decode": step, "prefill": step}
-        return Point(batch=batch, context=context, chunk=max_chunk, weights=1, cache=1, steps=steps)
+        return Point(batch=batch, context=context, chunk=max_chunk, weights=1000 * layers, cache=50, steps=steps)
 
     monkeypatch.setattr(Planner, "point", compiled)
     topology = cpus(1)
     found = search(SIX_LAYERS, topology, batch=1, context=64)
     [only] = found.candidates
     assert found.depths == (2, 4)
-    held = Planner(SIX_LAYERS, topology, topology.mesh()).held(batch=1, context=64)
-    assert only.needed == held + 106 + 2 * 60
+    assert only.needed == 6000 + 50 + 106 + 2 * 60
     assert only.decode_ms == pytest.approx(11)
     assert only.prefill_ms == pytest.approx(11)
 
