@@ -46,7 +46,7 @@ def test_weights_and_cache_are_the_programs_arguments_tiles_included() -> None:
         assert 0 < step["estimated_seconds"] < 0.1
         assert step["usage"]["code"] > 0
         layers = [found for found in step["collectives"] if found["per_layer"]]
-        assert [(found["kind"], found["count"]) for found in layers] == [("all-reduce", 3)]
+        assert [(found["kind"], found["count"]) for found in layers] == [("all-reduce", 5)]
 
 
 def test_memory_of_each_generation_is_what_its_compiler_says() -> None:
