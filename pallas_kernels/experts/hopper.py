@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.exchange import Parts
-from pallas_kernels.experts import hopper_decode, hopper_layout, hopper_prefill
-from pallas_kernels.experts.hopper_layout import HopperExperts
-from pallas_kernels.experts.weights import ExpertWeights
+from pallas_kernels.experts import hopper_decode, hopper_prefill
+from pallas_kernels.experts.hopper_layout import LARGEST_SCALE, TILE, HopperExperts
+from pallas_kernels.experts.weights import ExpertWeights, refuse_large_scales, refuse_odd_widths
 
 MAX_DECODE_ROWS = 8
 """Rows an expert gets on average up to which weights are streamed through registers; beyond, rows are grouped by
@@ -43,7 +43,7 @@ def preparable(weights: ExpertWeights, *, experts_per_token: int) -> bool:
             f"experts: the Hopper kernels take 1 to {hopper_decode.MAX_PER_TOKEN} experts per token, not "
             f"{experts_per_token}"
         )
-    hopper_layout.refuse_odd_widths(weights)
+    refuse_odd_widths(weights, TILE)
     if not isinstance(weights.down_bias, jax.ShapeDtypeStruct):
-        hopper_layout.refuse_large_scales(weights)
+        refuse_large_scales(weights, LARGEST_SCALE)
     return True

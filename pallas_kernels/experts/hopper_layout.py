@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8, UInt32
 
-from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.weights import ExpertWeights
+from pallas_kernels.experts.weights import ExpertWeights, refuse_odd_widths
 from pallas_kernels.mxfp4 import BLOCK, MXFP4, code_to_float, scale_to_float
 
 TILE = 64
@@ -23,14 +22,10 @@ TILE = 64
 TILE_WORDS = 512
 TILE_SCALES = 32
 LARGEST_SCALE = 128
-"""The kernels multiply by 2 ** (scale - 1), whose bfloat16 exponent field is scale + 126."""
+"""The kernels multiply by 2 ** (scale - 1), whose bfloat16 exponent field is scale + 126: 129 would be infinity."""
 _SCALE_OFFSET = 126
 PART_WIDTH = 192
 """Parts of an expert's width are multiples of it: three warpgroups' rows of gate or up, three K tiles of down."""
-
-
-class ScaleTooLarge(Unsupported):
-    """A scale byte above 128: a value of 2 or more times e2m1's, which the kernels' arithmetic cannot reach."""
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +105,7 @@ def pack(weights: ExpertWeights) -> HopperExperts:
     the same thread. Row 16w + 8r + g has value 32n + 8 * (g // 2) + 2w + g % 2: so 8w + g, the position in which the
     tile's results leave a kernel, is the place `to_mma_order` gives that value.
 
-    Raises Unsupported unless D and F are multiples of 64. Scales are not looked at: see `refuse_large_scales`.
+    Raises Unsupported unless D and F are multiples of 64. Scales are not looked at: see `weights.refuse_large_scales`.
 
     Example:
         >>> import pallas_kernels.mxfp4 as mxfp4
@@ -121,7 +116,7 @@ def pack(weights: ExpertWeights) -> HopperExperts:
         >>> packed.gate_up_words.shape, packed.down_words.shape
         ((3, 4, 1, 512), (3, 1, 2, 512))
     """
-    refuse_odd_widths(weights)
+    refuse_odd_widths(weights, TILE)
     return HopperExperts(
         gate_up_words=_pack_words(_gate_up_rows(_block_words(weights.gate_up.blocks))),
         gate_up_scales=_pack_scales(_gate_up_rows(weights.gate_up.scales)),
@@ -130,30 +125,6 @@ def pack(weights: ExpertWeights) -> HopperExperts:
         down_scales=_pack_scales(_down_rows(weights.down.scales)),
         down_bias=_pack_bias(_down_rows(weights.down_bias)),
     )
-
-
-def refuse_odd_widths(weights: ExpertWeights) -> None:
-    """Raise Unsupported unless D and F are multiples of 64."""
-    width, expert_width = weights.gate_up.shape[-1], weights.down.shape[-1]
-    if width % TILE or expert_width % TILE:
-        raise Unsupported(f"tiles of {TILE}: D = {width} and F = {expert_width} must both be multiples of it")
-
-
-def refuse_large_scales(weights: ExpertWeights) -> None:
-    """Raise ScaleTooLarge if a scale byte is above 128. Looks at the values: not under jit.
-
-    Example:
-        >>> import pallas_kernels.mxfp4 as mxfp4
-        >>> matrix = mxfp4.MXFP4(jnp.zeros((1, 64, 2, 16), jnp.uint8), jnp.full((1, 64, 2), 129, jnp.uint8))
-        >>> refuse_large_scales(ExpertWeights(matrix, jnp.zeros((1, 64)), matrix, jnp.zeros((1, 64))))
-        Traceback (most recent call last):
-        ...
-        pallas_kernels.experts.hopper_layout.ScaleTooLarge: gate_up has a scale byte of 129, the most is 128
-    """
-    for name in ("gate_up", "down"):
-        largest = int(jnp.max(getattr(weights, name).scales))
-        if largest > LARGEST_SCALE:
-            raise ScaleTooLarge(f"{name} has a scale byte of {largest}, the most is {LARGEST_SCALE}")
 
 
 def to_mma_order(x: Shaped[Array, "*rows K"]) -> Shaped[Array, "*rows K"]:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts import tpu_decode, tpu_layout, tpu_prefill
-from pallas_kernels.experts.tpu_layout import TPUExperts
+from pallas_kernels.experts import tpu_decode, tpu_prefill
+from pallas_kernels.experts.tpu_layout import LARGEST_SCALE, STEP, TPUExperts
 from pallas_kernels.experts.tpu_product import SwiGLU, Tiles
-from pallas_kernels.experts.weights import ExpertWeights
+from pallas_kernels.experts.weights import ExpertWeights, refuse_large_scales, refuse_odd_widths
 
 
 def experts(
@@ -43,7 +43,7 @@ def experts(
 def preparable(weights: ExpertWeights, *, experts_per_token: int) -> bool:
     """See `pallas_kernels.experts.preparable`: Unsupported if the kernels could not run these weights, else yes."""
     del experts_per_token  # any number
-    tpu_layout.refuse_odd_widths(weights)
+    refuse_odd_widths(weights, STEP)
     if not isinstance(weights.down_bias, jax.ShapeDtypeStruct):
-        tpu_layout.refuse_large_scales(weights)
+        refuse_large_scales(weights, LARGEST_SCALE)
     return True

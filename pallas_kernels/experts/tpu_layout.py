@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
-from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.experts.weights import ExpertWeights
+from pallas_kernels.experts.weights import ExpertWeights, refuse_odd_widths
 from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
 STEP = 64
@@ -40,10 +39,6 @@ class Pair:
 
 
 PAIRS = (Pair(magnitude=6, sign=15), Pair(magnitude=3, sign=13), Pair(magnitude=0, sign=9), Pair(magnitude=10, sign=14))
-
-
-class ScaleTooLarge(Unsupported):
-    """A scale byte above 252: with code 6 that is no finite bfloat16."""
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +83,7 @@ def pack(weights: ExpertWeights) -> TPUExperts:
     """Bring one layer's experts into words, one expert at a time, so that little memory is needed beside the result.
 
     Values that are no normal bfloat16 (below 2^-126, which only scale bytes 0 and 1 can give) become zero. Raises
-    Unsupported unless D and F are multiples of 64. Scales are not looked at: see `refuse_large_scales`.
+    Unsupported unless D and F are multiples of 64. Scales are not looked at: see `weights.refuse_large_scales`.
 
     Example:
         >>> import pallas_kernels.mxfp4 as mxfp4
@@ -99,7 +94,7 @@ def pack(weights: ExpertWeights) -> TPUExperts:
         >>> packed.gate_up_words.shape, packed.gate_up_scales.shape, packed.down_words.shape
         ((3, 2, 8, 128), (3, 2, 8, 128), (3, 16, 128))
     """
-    refuse_odd_widths(weights)
+    refuse_odd_widths(weights, STEP)
 
     def one_expert(matrices: tuple[MXFP4, MXFP4]) -> tuple[Array, ...]:
         gate_up, down = matrices
@@ -117,30 +112,6 @@ def pack(weights: ExpertWeights) -> TPUExperts:
         down_scales=down_scales,
         down_bias=_pad_columns(weights.down_bias.astype(jnp.float32)[:, None]),
     )
-
-
-def refuse_odd_widths(weights: ExpertWeights) -> None:
-    """Raise Unsupported unless D and F are multiples of 64."""
-    width, expert_width = weights.gate_up.shape[-1], weights.down.shape[-1]
-    if width % STEP or expert_width % STEP:
-        raise Unsupported(f"steps of {STEP}: D = {width} and F = {expert_width} must both be multiples of it")
-
-
-def refuse_large_scales(weights: ExpertWeights) -> None:
-    """Raise ScaleTooLarge if a scale byte is above 252. Looks at the values: not under jit.
-
-    Example:
-        >>> import pallas_kernels.mxfp4 as mxfp4
-        >>> matrix = mxfp4.MXFP4(jnp.zeros((1, 64, 2, 16), jnp.uint8), jnp.full((1, 64, 2), 253, jnp.uint8))
-        >>> refuse_large_scales(ExpertWeights(matrix, jnp.zeros((1, 64)), matrix, jnp.zeros((1, 64))))
-        Traceback (most recent call last):
-        ...
-        pallas_kernels.experts.tpu_layout.ScaleTooLarge: gate_up has a scale byte of 253, the most is 252
-    """
-    for name in ("gate_up", "down"):
-        largest = int(jnp.max(getattr(weights, name).scales))
-        if largest > LARGEST_SCALE:
-            raise ScaleTooLarge(f"{name} has a scale byte of {largest}, the most is {LARGEST_SCALE}")
 
 
 def scale_words(depth: int) -> int:

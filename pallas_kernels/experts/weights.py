@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.mxfp4 import MXFP4
 
 
@@ -26,3 +28,30 @@ class ExpertWeights:
     def num_experts(self) -> int:
         """Experts held here."""
         return self.down_bias.shape[0]
+
+
+class ScaleTooLarge(Unsupported):
+    """A scale byte that a backend's arithmetic cannot reach."""
+
+
+def refuse_odd_widths(weights: ExpertWeights, multiple: int) -> None:
+    """Raise Unsupported unless D and F are multiples of this number."""
+    width, expert_width = weights.gate_up.shape[-1], weights.down.shape[-1]
+    if width % multiple or expert_width % multiple:
+        raise Unsupported(f"tiles of {multiple}: D = {width} and F = {expert_width} must both be multiples of it")
+
+
+def refuse_large_scales(weights: ExpertWeights, most: int) -> None:
+    """Raise ScaleTooLarge if a scale byte is above `most`. Looks at the values: not under jit.
+
+    Example:
+        >>> matrix = MXFP4(jnp.zeros((1, 64, 2, 16), jnp.uint8), jnp.full((1, 64, 2), 129, jnp.uint8))
+        >>> refuse_large_scales(ExpertWeights(matrix, jnp.zeros((1, 64)), matrix, jnp.zeros((1, 64))), 128)
+        Traceback (most recent call last):
+        ...
+        pallas_kernels.experts.weights.ScaleTooLarge: gate_up has a scale byte of 129, the most is 128
+    """
+    for name in ("gate_up", "down"):
+        largest = int(jnp.max(getattr(weights, name).scales))
+        if largest > most:
+            raise ScaleTooLarge(f"{name} has a scale byte of {largest}, the most is {most}")

@@ -13,7 +13,7 @@ from gptoss_jax.sharding import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts import ExpertWeights, HopperExperts, TPUExperts, hopper_layout, tpu_layout
-from pallas_kernels.experts.hopper_layout import ScaleTooLarge
+from pallas_kernels.experts.weights import ScaleTooLarge
 from tests.tiny import TINY, random_model
 
 TILED = dataclasses.replace(TINY, hidden_size=128, num_experts=8, vocab_size=136)

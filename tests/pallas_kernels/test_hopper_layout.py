@@ -9,12 +9,12 @@ from pallas_kernels import mxfp4
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts import ExpertWeights, hopper_layout
 from pallas_kernels.experts.hopper_layout import (
+    LARGEST_SCALE,
     HopperExperts,
-    ScaleTooLarge,
     from_mma_order,
-    refuse_large_scales,
     to_mma_order,
 )
+from pallas_kernels.experts.weights import ScaleTooLarge, refuse_large_scales
 from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.mxfp4 import pack as pack_codes
 
@@ -140,10 +140,10 @@ def test_odd_widths_are_refused(width, expert_width):
 
 def test_a_large_scale_is_refused():
     weights = random_weights()
-    refuse_large_scales(weights)
+    refuse_large_scales(weights, LARGEST_SCALE)
     scales = weights.down.scales.at[1, 2, 3].set(129)
     damaged = ExpertWeights(
         weights.gate_up, weights.gate_up_bias, MXFP4(weights.down.blocks, scales), weights.down_bias
     )
     with pytest.raises(ScaleTooLarge, match="down has a scale byte of 129"):
-        refuse_large_scales(damaged)
+        refuse_large_scales(damaged, LARGEST_SCALE)

@@ -12,6 +12,7 @@ from pallas_kernels.experts.tpu import experts as tpu_experts
 from pallas_kernels.experts.tpu_decode import chosen_experts
 from pallas_kernels.experts.tpu_prefill import group
 from pallas_kernels.experts.tpu_product import LARGEST_VMEM
+from pallas_kernels.experts.weights import ScaleTooLarge
 from pallas_kernels.mxfp4 import MXFP4, dequantize
 from tests.pallas_kernels.test_experts import ALPHA, LIMIT, E, random_case
 
@@ -53,7 +54,7 @@ def test_what_no_normal_bfloat16_holds_becomes_zero():
 
 
 def test_scales_out_of_reach_are_refused():
-    with pytest.raises(tpu_layout.ScaleTooLarge, match=r"scale byte of 25[34], the most is 252"):
+    with pytest.raises(ScaleTooLarge, match=r"scale byte of 25[34], the most is 252"):
         preparable(random_weights(range(250, 255)), experts_per_token=4, impl="tpu")
 
 
