@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.cache import Step
-from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, exchange, parameter
+from gptoss_jax.model.layers import HeadProjection, OutputProjection, RMSNorm, parameter, rearranged
 from gptoss_jax.sharding import AxisNames, activation, head_axes
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Impl
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         published = self.heads
         if len(published) == 1 or not joins(impl=impl):
             return
-        weights = exchange(functools.partial(_joined, axes=self.axes), *published)
+        weights = rearranged(functools.partial(_joined, axes=self.axes), *published)
         self.joined = self.query
         self.joined.weight.set_value(weights.weight)
         self.joined.bias.set_value(weights.bias)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.layers import exchange, parameter
+from gptoss_jax.model.layers import parameter, rearranged
 from gptoss_jax.sharding import DEVICES, MODEL_AXES, WEIGHT_AXES, Axes, activation, concrete_mesh, spec
 from pallas_kernels.dispatch import Impl
 from pallas_kernels.exchange import Mailboxes, add_parts
@@ -77,7 +77,7 @@ class Experts(nnx.Module):
 
     def prepare(self, impl: Impl) -> None:
         """Put preparable weights in the order that the backend reads, in place: the published bytes are freed."""
-        prepared = exchange(functools.partial(_rearrange, impl=impl), self.weights)
+        prepared = rearranged(functools.partial(_rearrange, impl=impl), self.weights)
         for linear, blocks, scales, bias in (
             (self.gate_up, prepared.gate_up_words, prepared.gate_up_scales, prepared.gate_up_bias),
             (self.down, prepared.down_words, prepared.down_scales, prepared.down_bias),

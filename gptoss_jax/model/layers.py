@@ -42,7 +42,7 @@ def parameter(
     return nnx.Param(value, out_sharding=spec(dims, axes))
 
 
-def exchange[T](rearrange: Callable[..., T], *published: Any) -> T:
+def rearranged[T](rearrange: Callable[..., T], *published: Any) -> T:
     """What a jitted function makes of parameters, which are freed once it is there; of shapes, the shapes."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(published)):
         return jax.eval_shape(rearrange, *published)
