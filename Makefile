@@ -29,10 +29,12 @@ gpu-gate: $(GPU_VENV)/installed
 	$(GPU_VENV)/bin/python -m tests.gpu_gate
 
 # Compiles the steps of both models for four generations of TPUs, which need not be there, and refuses more memory, other
-# kernels or other collectives than tests/tpu_aot/table.json has. In an environment of its own: libtpu takes 0.7 GB.
+# kernels or other collectives than tests/tpu_aot/table.json has; then the tests of plans for TPUs. In an environment of
+# its own: libtpu takes 0.7 GB.
 # AOT="--layers 2 --jobs 2" is quick; a name or part of one, as in AOT=20b-v5e, picks programs.
 aot: $(TPU_VENV)/installed
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m tests.tpu_aot $(AOT)
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -q tests/plan/test_tpu.py
 
 # Makes the torch oracles' answers afresh in an environment of their own, and compares with them.
 parity: $(VENV)/installed-dev
@@ -70,7 +72,7 @@ $(GPU_VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt constra
 
 $(TPU_VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TPU_VENV)
-	$(TPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]'
+	$(TPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tpu]'
 	touch $@
 
 clean:

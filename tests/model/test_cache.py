@@ -8,7 +8,7 @@ import pytest
 
 from gptoss_jax.config import gpt_oss_20b, gpt_oss_120b
 from gptoss_jax.errors import CacheError, ShardingError
-from gptoss_jax.model.cache import PAGE_SLOTS, Cache, Step
+from gptoss_jax.model.cache import PAGE_SLOTS, Cache, Step, mails
 from gptoss_jax.model.transformer import ambient_mesh
 from gptoss_jax.sharding import make_mesh
 from tests.tiny import TINY
@@ -84,3 +84,37 @@ def test_every_visible_key_of_a_sliding_layer_is_still_in_its_ring(chunk):
         assert (step.pages[0, count:] == ring.shape[0]).all()
         assert (step.last[0, count:] < step.first[0, count:]).all()
         position += count
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"),
+    [
+        ({"data": 2, "expert": 2}, {("expert", "tensor"): 2}),
+        ({"expert": 2, "tensor": 2}, {("tensor",): 2, ("expert", "tensor"): 4}),
+        ({"data": 2}, {}),
+    ],
+    ids=str,
+)
+def test_every_group_that_shares_sums_has_mailboxes_and_they_survive_meeting(axes, groups):
+    mesh = make_mesh(**axes)
+    cache = Cache.create(TINY, batch=4, max_length=64, mesh=mesh, mailboxes=True)
+    assert {group: mailbox.boxes.shape[:3] for group, mailbox in cache.mailboxes.items()} == {
+        group: (mesh.size, 2, senders) for group, senders in groups.items()
+    }
+    for group, mailbox in cache.mailboxes.items():
+        assert mailbox.holds(4, TINY.hidden_size, senders=groups[group])
+
+    @jax.jit
+    def met(cache: Cache) -> Cache:
+        with ambient_mesh(mesh):
+            return cache.met()
+
+    again = met(cache)
+    assert [mailbox.number.tolist() for mailbox in again.mailboxes.values()] == [[0] * mesh.size for _ in groups]
+
+
+def test_there_are_mailboxes_only_where_kernels_reach_them():
+    mesh = make_mesh(expert=2)
+    assert not mails(mesh)
+    assert Cache.create(TINY, batch=1, max_length=64, mesh=mesh).mailboxes == {}
+    assert Cache.create(TINY, batch=1, max_length=64, mesh=mesh, dtype=jnp.float32, mailboxes=True).mailboxes == {}

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gptoss_jax.plan.chips import TPUS
+
 _FILE = Path(__file__).with_name("table.json")
 LIMITED = ("argument_bytes", "temporary_bytes")
 EQUAL = ("kernels", "collectives")
-MEMORY_GIB = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
-"""What a program may take of one device, as the compiler says where one takes more; a tpu7x chip is two devices."""
+MEMORY_GIB = {generation: round(chip.memory_bytes / 2**30, 2) for generation, chip in TPUS.items()}
+"""What a program may take of one device; a tpu7x chip is two devices."""
 
 Table = dict[str, dict[str, Any]]
 
