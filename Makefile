@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/gptoss-jax demo
 
 test: $(VENV)/installed-dev
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist loadfile --max-worker-restart 0
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest --nbmake notebooks -q
 
 # The same lines as the pre-commit hooks.

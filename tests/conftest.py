@@ -4,6 +4,7 @@ They are made before JAX starts, so this file sets the environment rather than a
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -16,6 +17,16 @@ from gptoss_jax.model.transformer import Transformer
 from tests.tiny import random_model
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """Unload what a module compiled: programs of all tests have more memory maps than Linux gives to one process.
+
+    XLA for the CPU crashes at the limit (vm.max_map_count, 65530), as it compiles.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
