@@ -1,0 +1,1 @@
+"""Fine-tuning: conversations to batches, and batches to weights."""
