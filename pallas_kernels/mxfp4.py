@@ -65,7 +65,7 @@ def pack(codes: UInt8[Array, "*rows K"]) -> UInt8[Array, "*rows J 16"]:
 
 def unpack(blocks: UInt8[Array, "*rows J 16"]) -> UInt8[Array, "*rows K"]:
     """The codes 0..15 that `pack` packed."""
-    pairs = (blocks[..., None] >> jnp.array([0, 4], jnp.uint8)) & 15  # not a stack: XLA fuses no concatenation here
+    pairs = jnp.stack([blocks & 15, blocks >> 4], axis=-1)
     return pairs.reshape(*blocks.shape[:-2], -1)
 
 

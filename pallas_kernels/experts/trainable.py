@@ -191,6 +191,7 @@ class _Groups:
 
 def _group(expert_ids: Int[Array, "T A"], num_experts: int) -> _Groups:
     num_pairs = expert_ids.size
+    # Above the mean, so that most experts take one tile if there are tokens for so many.
     tile_rows = min(_MAX_TILE_ROWS, max(8, 1 << (num_pairs // num_experts).bit_length()))
     chosen = (expert_ids >= 0) & (expert_ids < num_experts)
     ids_M = jnp.where(chosen, expert_ids, num_experts).reshape(-1)
