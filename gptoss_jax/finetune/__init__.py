@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA on packed experts, or all parameters."""
