@@ -12,7 +12,7 @@ import shutil
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-from convert.destination import check_space, named_disk_errors, rename, replaced_directory
+from convert.destination import check_destination, check_space, named_disk_errors, rename, replaced_directory
 from convert.journal import Journal, identify, read_done
 from convert.layouts import SourceTensor
 from convert.orbax_tree import commit
@@ -28,7 +28,6 @@ from gptoss_jax.manifest import (
     Manifest,
     chunk_shape,
     is_converted,
-    is_partial,
     partial_directory,
 )
 from gptoss_jax.parameters import Parameter, parameters
@@ -74,19 +73,7 @@ def convert(
 
 
 def _check_destination(destination: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    where = str(destination)
-    if is_partial(destination):
-        raise ConversionError("the name of an interrupted conversion", where=where, fix="name another directory")
-    if destination.exists() and not overwrite:
-        raise ConversionError(
-            "the destination exists", where=where, fix="name another directory, or replace it with --overwrite"
-        )
-    if destination.exists() and not is_converted(destination):
-        raise ConversionError(
-            "the destination is no converted checkpoint, so it is not overwritten",
-            where=where,
-            fix="name another directory, or remove it yourself",
-        )
+    check_destination(destination, overwrite=overwrite, is_ours=is_converted, kind="converted checkpoint")
     if partial.exists() and not _is_ours(partial):
         raise ConversionError(
             "no interrupted conversion, so it is not removed", where=str(partial), fix="move it out of the way"

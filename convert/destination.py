@@ -3,13 +3,31 @@
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convert.progress import format_bytes
 from gptoss_jax.errors import ConversionError
+from gptoss_jax.manifest import is_partial
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_destination(destination: Path, *, overwrite: bool, is_ours: Callable[[Path], bool], kind: str) -> None:
+    """Raise ConversionError for a directory that is there already, unless it is to be replaced and one of `kind`."""
+    where = str(destination)
+    if is_partial(destination):
+        raise ConversionError("the name of an interrupted conversion", where=where, fix="name another directory")
+    if destination.exists() and not overwrite:
+        raise ConversionError(
+            "the destination exists", where=where, fix="name another directory, or replace it with --overwrite"
+        )
+    if destination.exists() and not is_ours(destination):
+        raise ConversionError(
+            f"the destination is no {kind}, so it is not overwritten",
+            where=where,
+            fix="name another directory, or remove it yourself",
+        )
 
 
 def rename(partial: Path, destination: Path) -> None:

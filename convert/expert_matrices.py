@@ -11,8 +11,7 @@ _dequantize = jax.jit(mxfp4.dequantize)
 
 
 def quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks and scales of a matrix [..., out, in]; refuses infinities and NaN with a ValueError."""
-    mxfp4.refuse_nonfinite(matrix)
+    """Blocks and scales of a finite matrix [..., out, in]."""
     packed = _quantize(matrix)
     return np.asarray(packed.blocks), np.asarray(packed.scales)
 
