@@ -68,9 +68,10 @@ class Exported:
     def __str__(self) -> str:
         trained = "" if self.method is None else f", {self.method} step {self.step}"
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        form = "PEFT adapter" if self.form == "peft" else f"{self.form} layout"
         lines = [
             f"{self.destination}: {self.num_tensors} tensors, {self.num_bytes:,} bytes in {files}, "
-            f"{self.form} layout, {self.dtype}{trained}"
+            f"{form}, {self.dtype}{trained}"
         ]
         if self.differences:
             lines += ["", *self._table(), ""]

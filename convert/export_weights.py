@@ -18,7 +18,7 @@ from convert.verify import checked_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.manifest import chunk_shape, read_manifest
+from gptoss_jax.manifest import CONFIG, chunk_shape, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 from pallas_kernels.mxfp4 import refuse_nonfinite
 
@@ -53,6 +53,12 @@ class Weights:
         # A run that holds every parameter needs no checkpoint beside it.
         is_whole = run is not None and run.lora is None
         self._checksums = {} if is_whole else read_manifest(self._checkpoint).sha256
+        if run is not None and not is_whole and ModelConfig.read(self._checkpoint / CONFIG) != run.config:
+            raise CheckpointError(
+                "run and checkpoint are of different architectures",
+                where=f"{directory} and {self._checkpoint}",
+                fix="name the checkpoint it started from with --base",
+            )
         self._sums: dict[str, np.ndarray] = {}
         self._scales: dict[str, list[np.ndarray]] = {}
 

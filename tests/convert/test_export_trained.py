@@ -169,6 +169,13 @@ def test_weight_that_is_not_finite_is_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_base_of_another_architecture_is_refused(converted: Path, export_run) -> None:
+    run = lora_run(converted)
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, sliding_window=9))
+    with pytest.raises(CheckpointError, match=r"different architectures.*--base"):
+        export_run(other)
+
+
 @pytest.mark.parametrize("method", ["full", "qat"])
 def test_run_without_adapter_is_no_peft_adapter(converted: Path, export_run, method) -> None:
     with pytest.raises(ConversionError, match="no LoRA to export"):
