@@ -9,6 +9,8 @@ from convert.table import table
 from gptoss_jax.manifest import SourceFile
 
 TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja"
+MUCH = 0.5
+"""The error over the change from which on the report says so."""
 _COLUMNS = ("attention", "router", "experts.gate_up", "experts.down")
 
 
@@ -75,6 +77,11 @@ class Exported:
         ]
         if self.differences:
             lines += ["", *self._table(), ""]
+        if lost := [d for d in self.differences if (d.error_of_change or 0.0) >= MUCH]:
+            lines.append(
+                f"rounding moves {len(lost)} of {len(self.differences)} weights at least {MUCH:g} times as far as "
+                "training did: --dtype bf16 rounds less, --peft not at all"
+            )
         if self.form == "hf":
             lines.append(f"tokenizer: copy {TOKENIZER_FILES} from the published repository")
         return "\n".join(lines)
