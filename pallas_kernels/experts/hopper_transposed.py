@@ -17,7 +17,8 @@ from jaxtyping import Array, BFloat16, UInt32
 
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.experts import hopper_transposed_parts as parts_of
-from pallas_kernels.experts.hopper_layout import TILE, TILE_SCALES, TILE_WORDS
+from pallas_kernels.experts import tiles
+from pallas_kernels.experts.hopper_layout import TILE, TILE_SCALES, TILE_WORDS, HopperExperts
 from pallas_kernels.experts.hopper_routing import Grouping
 from pallas_kernels.experts.hopper_transposed_parts import PAIR, ROW_WORDS, TILE_ROWS
 from pallas_kernels.experts.tiles import Tiling
@@ -28,6 +29,8 @@ _REGISTERS = {1: (232, 40), 2: (232, 40)}
 """Of a multiplying thread and of a copying one, by the number of multiplying warpgroups."""
 _MAX_WIDTH = 128
 _MAX_STAGES = 8
+_WIDTHS = (32, 64, 96, 128)
+"""Of the tiles, where `tiles.prefill` has wider ones."""
 
 
 def grouped_matmul_transposed(
@@ -245,6 +248,13 @@ def check(tiling: Tiling, *, num_columns: int) -> None:
             f"transposed product: {num_columns} columns of tiles for {warpgroups} warpgroups, {tiling.k_tiles} tiles a "
             f"step; each warpgroup takes {PAIR}, one a step"
         )
+
+
+def choose_tiling(num_pairs: int, weights: HopperExperts) -> Tiling:
+    """The tiling of both transposed products, and of `grouped_matmul` beside them, for so many pairs."""
+    widths = tiles.prefill(num_pairs / weights.num_experts).widths
+    narrowest = min(weights.width, weights.expert_width) // TILE
+    return Tiling(widths if widths[-1] <= _MAX_WIDTH else _WIDTHS, min(2, narrowest // PAIR))
 
 
 def _stages_that_fit(tiling: Tiling) -> int:
