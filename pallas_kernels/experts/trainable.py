@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import Impl, choose
+from pallas_kernels.dispatch import Impl, Unsupported, choose, platform
+from pallas_kernels.experts import hopper_trainable
+from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.reference import swiglu
 from pallas_kernels.experts.weights import DenseExperts, ExpertAdapters, ExpertWeights
 from pallas_kernels.mxfp4 import dequantize
@@ -18,7 +20,7 @@ _MAX_TILE_ROWS = 512
 
 def trainable_experts(
     x: Float[Array, "T D"],
-    weights: ExpertWeights | DenseExperts,
+    weights: ExpertWeights | HopperExperts | DenseExperts,
     expert_ids: Int[Array, "T A"],
     routing: Float[Array, "T A"],
     *,
@@ -49,6 +51,10 @@ def trainable_experts(
         return jnp.zeros_like(x)
     if isinstance(weights, DenseExperts) and impl == "auto":
         impl = "reference"  # XLA's own products serve dense weights on every platform
+    if isinstance(weights, HopperExperts):
+        if impl not in ("auto", "hopper") or platform() != "hopper":
+            raise Unsupported(f"trainable_experts: weights prepared for Hopper's kernels; {impl!r} on {platform()!r}")
+        impl = "hopper"
     run = choose("trainable_experts", BACKENDS, impl)
     return run(x, weights, expert_ids, routing, adapters, alpha=alpha, limit=limit)
 
@@ -142,7 +148,7 @@ def _backward(alpha: float, limit: float, arguments, d_y: Float[Array, "T D"]):
 
 _experts.defvjp(_forward, _backward)
 _reference = jax.jit(_experts, static_argnames=("alpha", "limit"))  # layers share one trace and one lowering
-BACKENDS = {"reference": _reference, "cpu": _reference}
+BACKENDS = {"reference": _reference, "cpu": _reference, "hopper": hopper_trainable.trainable_experts}
 
 
 @dataclasses.dataclass(frozen=True)
