@@ -1,66 +1,104 @@
-"""What a LoRA adapter is: its rank, its scale, which parameters it changes, and the shapes of its arrays."""
+"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685): which parameters get one, its two factors, how they start.
+
+An adapter adds `scale * lora_b @ lora_a` to a weight; an expert matrix has one for each expert.
+"""
 
 import dataclasses
-from typing import Literal
+import hashlib
+import math
+from typing import Literal, get_args
 
-from gptoss_jax.config import MX_BLOCK, ModelConfig
-from gptoss_jax.parameters import Parameter, parameters
+import numpy as np
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import TrainingError
 
 Target = Literal["attention", "router", "experts"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+A, B = "lora_a", "lora_b"
+
+_RANK = "r"
+# By target: the weight's path in a layer, and the dims of its two factors.
+_FACTORS = {
+    "attention": {
+        "attention.query.weight": ("r D", "N H r"),
+        "attention.key.weight": ("r D", "K H r"),
+        "attention.value.weight": ("r D", "K H r"),
+        "attention.output.weight": ("r N H", "D r"),
+    },
+    "router": {"router.weight": ("r D", "E r")},
+    "experts": {
+        "experts.gate_up": ("E r D", "E 2F r"),
+        "experts.down": ("E r F", "E D r"),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """How weights are changed: by `scale * lora_b @ lora_a`, for the experts each by its own.
+    """What to adapt, and how strongly.
 
     Example:
-        >>> LoRA(rank=8, alpha=16.0, targets=("attention", "experts")).scale
+        >>> LoRA(rank=8, alpha=16.0).scale
         2.0
     """
 
     rank: int
     alpha: float
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ("attention",)
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if not 0 < value < math.inf:
+                raise TrainingError(f"{name} {value}", where="LoRA", fix="give a number above 0")
 
     @property
     def scale(self) -> float:
-        """What the product of the two arrays is multiplied by."""
+        """What the product of the factors is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
 
-def adapter_shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
-    """The shape of every `PATH.lora_a` and `PATH.lora_b`, in the order of the parameters.
+def adapter_dims(config: ModelConfig, lora: LoRA) -> dict[str, str]:
+    """The dims of every adapter array, by path, in the letters of gptoss_jax/config.py and r for the rank."""
+    return {
+        f"layers.{layer}.{name}.{factor}": dims
+        for layer in range(config.num_layers)
+        for target in TARGETS
+        if target in lora.targets
+        for name, both in _FACTORS[target].items()
+        for factor, dims in zip((A, B), both, strict=True)
+    }
 
-    PATH is that of a weight; of experts it is that of the matrix: `layers.0.experts.down`. The dims that the weight
-    sums over go to `lora_a`, the others to `lora_b`, and of experts the first dim to both.
+
+def adapter_shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, ...]]:
+    """The shape of every adapter array, by path: the adapted weight's path, then `lora_a` or `lora_b`.
 
     Example:
         >>> from gptoss_jax.config import gpt_oss_20b
-        >>> shapes = adapter_shapes(gpt_oss_20b(), LoRA(rank=8, alpha=16.0, targets=("attention", "experts")))
-        >>> shapes["layers.0.attention.output.weight.lora_a"], shapes["layers.0.attention.output.weight.lora_b"]
-        ((8, 64, 64), (2880, 8))
-        >>> shapes["layers.0.experts.gate_up.lora_a"], shapes["layers.0.experts.gate_up.lora_b"]
-        ((32, 8, 2880), (32, 5760, 8))
+        >>> adapter_shapes(gpt_oss_20b(), LoRA(rank=8, alpha=16.0))["layers.0.attention.query.weight.lora_b"]
+        (64, 64, 8)
     """
-    shapes = {}
-    for parameter in parameters(config).values():
-        if _target(parameter) not in lora.targets:
-            continue
-        path, shape = parameter.path, parameter.shape
-        if parameter.leaf == "blocks":
-            path = path.removesuffix(".blocks")
-            num_experts, num_out, num_blocks, _ = shape
-            shapes[f"{path}.lora_a"] = (num_experts, lora.rank, num_blocks * MX_BLOCK)
-            shapes[f"{path}.lora_b"] = (num_experts, num_out, lora.rank)
-        else:
-            num_out = 1 if path.endswith("output.weight") else len(shape) - 1
-            shapes[f"{path}.lora_a"] = (lora.rank, *shape[num_out:])
-            shapes[f"{path}.lora_b"] = (*shape[:num_out], lora.rank)
-    return shapes
+    sizes = {
+        "D": config.hidden_size,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "E": config.num_experts,
+        "F": config.intermediate_size,
+        "2F": 2 * config.intermediate_size,
+        _RANK: lora.rank,
+    }
+    return {path: tuple(sizes[dim] for dim in dims.split()) for path, dims in adapter_dims(config, lora).items()}
 
 
-def _target(parameter: Parameter) -> str | None:
-    """What the parameter belongs to, if it is a matrix that LoRA can change."""
-    if parameter.path.startswith("layers.") and parameter.leaf in ("weight", "blocks"):
-        return parameter.path.split(".")[2]
-    return None
+def initial_adapter(path: str, dims: str, shape: tuple[int, ...], *, seed: int) -> np.ndarray:
+    """Where an adapter array starts: `lora_b` at zero, so that nothing changes; `lora_a` uniform in +-1/sqrt(inputs).
+
+    Float32; depends on the seed and the path alone.
+    """
+    if path.endswith(B):
+        return np.zeros(shape, np.float32)
+    digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
+    inputs = math.prod(shape[dims.split().index(_RANK) + 1 :])
+    bound = 1 / math.sqrt(inputs)
+    return np.random.default_rng(list(digest)).uniform(-bound, bound, shape).astype(np.float32)
