@@ -7,7 +7,6 @@ nothing to resume: an export that fails takes away what it wrote.
 import contextlib
 import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy as np
 
 from convert.destination import check_destination, check_space, named_disk_errors, rename, replaced_directory
 from convert.export_report import Exported
-from convert.export_weights import Trained, Weights
+from convert.export_weights import Weights
 from convert.layouts import LayoutName, source_tensors
 from convert.peft import ADAPTER, ADAPTER_CONFIG, adapter_config, adapter_tensors, adapter_values
 from convert.progress import Progress, Stream
@@ -27,6 +26,7 @@ from convert.published import shard_names, write_configs
 from convert.safetensors_writer import Tensor, write_json, write_shards
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import ConversionError
+from gptoss_jax.finetune.runs import Trained, is_run, open_run
 from gptoss_jax.manifest import CONFIG, SourceFile, is_converted, partial_directory, read_manifest
 
 Layout = Literal["hf", "original"]
@@ -134,10 +134,8 @@ def _adapter(run: Trained | None, checkpoint: Path) -> _Contents:
 
 def _open_run(directory: Path, *, base: Path | None, step: int | None) -> Trained | None:
     """The fine-tuning run in `directory`, or None if it is a converted checkpoint."""
-    if not is_converted(directory):
-        runs = importlib.import_module("gptoss_jax.finetune.runs")
-        if runs.is_run(directory):
-            return runs.open_run(directory, base=base, step=step)
+    if not is_converted(directory) and is_run(directory):
+        return open_run(directory, base=base, step=step)
     read_manifest(directory)
     if base is not None or step is not None:
         raise ConversionError(

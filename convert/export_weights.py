@@ -6,7 +6,6 @@ train is made exactly in float32, a few rows or one expert at a time, and rounde
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -17,29 +16,10 @@ from convert.layouts import SourceTensor
 from convert.verify import checked_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.finetune.adapters import LoRA
+from gptoss_jax.finetune.runs import Trained
 from gptoss_jax.manifest import CONFIG, chunk_shape, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 from pallas_kernels.mxfp4 import refuse_nonfinite
-
-
-@runtime_checkable
-class Trained(Protocol):
-    """What a fine-tuning run has made of a checkpoint (gptoss_jax/finetune/runs.py)."""
-
-    @property
-    def base(self) -> Path: ...
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def method(self) -> Literal["lora", "full", "qat"]: ...
-    @property
-    def lora(self) -> LoRA | None: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def read(self, path: str, rows: slice = slice(None)) -> np.ndarray: ...
 
 
 class Weights:

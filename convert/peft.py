@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.export_weights import Trained
 from convert.safetensors_writer import Tensor
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.finetune.adapters import LoRA
+from gptoss_jax.finetune.runs import Trained
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _MODULES = {

@@ -10,27 +10,24 @@ from convert.expert_matrices import dequantized
 from convert.zarr import open_array, read_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.adapters import LoRA, adapter_shapes
+from gptoss_jax.finetune.runs import Trained
 from gptoss_jax.manifest import CONFIG, PARAMETERS
 from gptoss_jax.parameters import parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Trained):
     """As gptoss_jax/finetune/runs.py opens one, with its arrays in memory."""
 
-    base: Path
-    config: ModelConfig
-    method: Literal["lora", "full", "qat"]
-    lora: LoRA | None
-    step: int
     arrays: dict[str, np.ndarray]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {path: values.shape for path, values in self.arrays.items()}
 
     def read(self, path: str, rows: slice = slice(None)) -> np.ndarray:
         return self.arrays[path][rows]
+
+
+def _run(base: Path, config: ModelConfig, method: str, lora: LoRA | None, arrays: dict[str, np.ndarray]) -> Run:
+    shapes = {path: values.shape for path, values in arrays.items()}
+    return Run(base, config, method, lora, step=7, shapes=shapes, folder=base, arrays=arrays)
 
 
 def lora_run(base: Path, *, rank: int = 3, alpha: float = 1.5, targets=("attention", "router", "experts")) -> Run:
@@ -42,7 +39,7 @@ def lora_run(base: Path, *, rank: int = 3, alpha: float = 1.5, targets=("attenti
         path: (random.integers(-4, 5, shape) / 16).astype(np.float32)
         for path, shape in adapter_shapes(config, lora).items()
     }
-    return Run(base, config, "lora", lora, 7, arrays)
+    return _run(base, config, "lora", lora, arrays)
 
 
 def master_run(base: Path, method: Literal["full", "qat"]) -> Run:
@@ -50,7 +47,7 @@ def master_run(base: Path, method: Literal["full", "qat"]) -> Run:
     random = np.random.default_rng(6)
     arrays = {path: values + random.normal(0, 0.01, values.shape) for path, values in base_weights(base).items()}
     config = ModelConfig.read(base / CONFIG)
-    return Run(base, config, method, None, 7, {path: values.astype(np.float32) for path, values in arrays.items()})
+    return _run(base, config, method, None, {path: values.astype(np.float32) for path, values in arrays.items()})
 
 
 def base_weights(base: Path) -> dict[str, np.ndarray]:

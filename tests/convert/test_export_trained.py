@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -187,16 +185,3 @@ def test_base_of_another_architecture_is_refused(converted: Path, export_run) ->
 def test_run_without_adapter_is_no_peft_adapter(converted: Path, export_run, method) -> None:
     with pytest.raises(ConversionError, match="no LoRA to export"):
         export_run(master_run(converted, method), peft=True)
-
-
-def test_run_is_opened_where_and_when_asked(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-
-    def open_run(directory: Path, **options) -> Run:
-        asked.update(options, directory=directory)
-        return lora_run(converted)
-
-    runs = SimpleNamespace(is_run=lambda directory: True, open_run=open_run)
-    monkeypatch.setitem(sys.modules, "gptoss_jax.finetune.runs", runs)
-    export(tmp_path / "run", tmp_path / "out", base=converted, step=3)
-    assert asked == {"directory": tmp_path / "run", "base": converted, "step": 3}
