@@ -164,7 +164,7 @@ def surroundings(command: str) -> dict[str, Any]:
     }
 
 
-def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(path: Path, report: dict[str, Any], rows: Sequence[Any]) -> None:
     """Write the object of --json."""
     content = report | {"rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")
