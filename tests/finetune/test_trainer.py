@@ -99,7 +99,8 @@ def test_absent_step_and_absent_run_are_named(finished, tmp_path):
 def test_killed_run_goes_on_with_the_same_losses_to_the_bit(finished, demo_checkpoint, chats, tmp_path):
     directory = tmp_path / "run"
     settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps(dataclasses.asdict(SETTINGS)))
+    # A save waits for the one before: once step 3 is reported, that of step 1 is complete.
+    settings.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(SETTINGS, save_every=1))))
     command = [sys.executable, "-m", "gptoss_jax.cli", "finetune", str(demo_checkpoint), str(chats), str(directory)]
     command += ["--settings", str(settings), "--dtype", "float32", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -108,7 +109,7 @@ def test_killed_run_goes_on_with_the_same_losses_to_the_bit(finished, demo_check
                 os.kill(process.pid, signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    assert saved_steps(directory) == [2]
+    assert 1 <= max(saved_steps(directory)) < 4
     result = fine_tune(demo_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
     assert result.step == 4
     assert losses(directory) == losses(finished[0])
