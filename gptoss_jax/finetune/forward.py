@@ -74,9 +74,9 @@ def hidden(trained: Arrays, frozen: Arrays, batch: Batch, form: Form) -> tuple[F
 
 
 def final_weights(trained: Arrays, frozen: Arrays, form: Form) -> tuple[Float[Array, " D"], Float[Array, "V D"]]:
-    """The last norm's scale and the unembedding, as they are multiplied by."""
+    """The last norm's scale and the unembedding; a master in float32, so that its gradient is summed in float32."""
     weights = _Weights("", trained, frozen, form)
-    return weights["norm.scale"], weights["unembedding.weight"]
+    return weights["norm.scale"], weights.whole("unembedding.weight", jnp.float32)
 
 
 def product(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -121,6 +121,10 @@ class _Weights:
         self._gathered = {path.removeprefix(place): dim for path, dim in form.gathered if path.startswith(place)}
 
     def __getitem__(self, name: str) -> Array:
+        return self.whole(name, self._form.dtype)
+
+    def whole(self, name: str, dtype: Any) -> Array:
+        """One that is trained in this dtype; a frozen one in that of the products."""
         if name not in self._trained:
             return self.frozen[name].astype(self._form.dtype)
         found = self._trained[name]
@@ -128,7 +132,7 @@ class _Weights:
             found = found * self._form.lora.scale
         if self._form.quantize and name in _QUANTIZED:
             found = cast(Array, straight_through(found))
-        found = found.astype(self._form.dtype)
+        found = found.astype(dtype)
         dim = self._gathered.get(name)
         return found if dim is None else jax.lax.all_gather(found, DATA, axis=dim, tiled=True)
 

@@ -17,6 +17,7 @@ from gptoss_jax.model.layers import rearranged
 from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import MODEL_AXES, put
 from pallas_kernels.experts import HopperExperts, preparable, prepare, prepared_order
+from pallas_kernels.experts.hopper_trainable import NARROWEST
 from pallas_kernels.mxfp4 import MXFP4, dequantize
 
 
@@ -28,12 +29,13 @@ def frozen_parameters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
 def prepared(made: Program, frozen: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The same, with experts in the order that Hopper's kernels read, if they can take them; a layer at a time.
 
-    The arrays that held the published order are deleted. Float32 models and other platforms keep it: there the experts'
-    gradients come of XLA's own products.
+    The arrays that held the published order are deleted. Float32 models, narrower ones and other platforms keep it:
+    there the experts' gradients come of XLA's own products.
     """
     config = made.form.config
     with jax.set_mesh(made.mesh):
-        if made.form.dtype != jnp.bfloat16 or prepared_order() is not HopperExperts:
+        narrow = min(config.hidden_size, config.intermediate_size) < NARROWEST
+        if narrow or made.form.dtype != jnp.bfloat16 or prepared_order() is not HopperExperts:
             return frozen
         layers = [expert_paths(f"layers.{layer}.") for layer in range(config.num_layers)]
         if not all(

@@ -87,7 +87,7 @@ def _cross_entropy(
     @jax.checkpoint
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, targets, weights = chunk
-        logits = product("MD,VD->MV", rows, unembedding)
+        logits = product("MD,VD->MV", rows, unembedding.astype(rows.dtype))
         largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), MODEL_AXES)
         if absent_rows:
             largest = jnp.maximum(largest, 0.0)

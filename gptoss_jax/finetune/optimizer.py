@@ -44,7 +44,7 @@ def optimizer(settings: FineTuning, steps: int) -> optax.GradientTransformation:
         "adafactor": lambda: optax.adafactor(
             rates,
             multiply_by_parameter_scale=False,
-            clipping_threshold=None,  # the global norm is clipped already
+            clipping_threshold=1.0,
             weight_decay_rate=None,
         ),
         "lion": lambda: optax.lion(rates, weight_decay=decay, mask=_decays, mu_dtype=jnp.bfloat16),

@@ -18,12 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from convert.zarr import UNREADABLE
 from gptoss_jax.config import ModelConfig
@@ -60,6 +57,8 @@ class Description:
     settings: FineTuning
     steps: int
     """Updates of the whole run."""
+    dtype: str
+    """Of activations and products."""
 
     def write(self, directory: Path) -> None:
         """Make the run's directory."""
@@ -79,6 +78,7 @@ class Description:
             "config": self.config.to_json(),
             "settings": dataclasses.asdict(self.settings),
             "steps": self.steps,
+            "dtype": self.dtype,
         }
 
     @classmethod
@@ -99,6 +99,7 @@ class Description:
                 config=ModelConfig.from_json(content["config"], where=str(path)),
                 settings=FineTuning.from_json(content["settings"], where=str(path)),
                 steps=content["steps"],
+                dtype=content["dtype"],
             )
         except (ValueError, KeyError, TypeError, RecursionError) as broken:
             raise CheckpointError(f"damaged run ({broken})", where=str(path), fix="start the run again") from broken
@@ -191,6 +192,21 @@ def saved_steps(directory: Path) -> list[int]:
     )
 
 
+@contextlib.contextmanager
+def named_disk_errors(directory: Path) -> Iterator[None]:
+    """Turn what the system says about the files of a run into a TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not from the system: a bug
+            raise
+        raise TrainingError(
+            f"cannot write ({error.strerror})",
+            where=str(error.filename or directory),
+            fix="put that right and --resume",
+        ) from error
+
+
 class Checkpoints:
     """Writes a run's states in the background and restores them onto any mesh."""
 
@@ -207,6 +223,12 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def remove(self, step: int) -> None:
+        """Take away the checkpoint of a step, if there is one."""
+        self.wait()
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+
     def save(self, step: int, state: State) -> None:
         """Begin to write; the state's buffers may change once this returns. Raises TrainingError if the one before
         could not be written."""
@@ -220,12 +242,7 @@ class Checkpoints:
 
     def restore(self, program: Program) -> State:
         """The newest state, each array as the program places it."""
-        abstract = jax.eval_shape(program.start, program.trained_leaves)
-        # Optimizer states have the masters' shapes or parts of them; the compiler places them as the first update does.
-        shardings = _shardings(program, abstract)
-        leaves = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, shardings
-        )
+        leaves = program.state_leaves
         content = {field.name: getattr(leaves, field.name) for field in dataclasses.fields(State)}
         step = self.latest
         try:
@@ -261,17 +278,6 @@ class Checkpoints:
                 where=f"{self._folder}, whose last complete step is {last}",
                 fix="free the disk and continue with --resume",
             ) from error
-
-
-def _shardings(program: Program, abstract: State) -> Any:
-    """Where each leaf of a state lives: a moment where its master does, anything else everywhere."""
-
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
-        same = program.shapes.get(name) == leaf.shape
-        return NamedSharding(program.mesh, program.trained_specs[name] if same else P())
-
-    return jax.tree_util.tree_map_with_path(place, abstract)
 
 
 def _other(what: str, directory: Path) -> TrainingError:

@@ -20,6 +20,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 MAY_CHANGE = ("evaluate_every", "save_every", "keep")
 """What a run that is taken up again may have otherwise than before."""
+_LARGEST_SEED = 2**63
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class FineTuning:
     warmup_steps: int = 0
     """Updates on the way from zero to the learning rate."""
     weight_decay: float = 0.0
-    """Of matrices; norms, biases and sinks have none."""
+    """Of matrices, with adamw and lion; norms, biases and sinks have none."""
     clip_norm: float = 1.0
     """The most that the norm of all gradients together may be; larger ones are scaled down."""
     balance: float = 0.0
@@ -77,7 +78,7 @@ class FineTuning:
     save_every: int = 100
     """Updates between checkpoints; there is one at the end in any case."""
     keep: int = 3
-    """Checkpoints kept: the newest."""
+    """Checkpoints kept: the newest, at least two."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -123,11 +124,19 @@ def _check(settings: FineTuning) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.type in (int, float, int | None):
-            is_number = isinstance(value, int if field.type is not float else int | float) or value is None
-            check(is_number and not isinstance(value, bool), field.name, "give a number")
-            check(value is None or (math.isfinite(value) and value >= 0), field.name, "give a number from 0 on")
-    for name in ("batch_size", "accumulate", "sequence_length", "save_every", "keep"):
+            kind = int | float if field.type is float else field.type
+            check(isinstance(value, kind) and not isinstance(value, bool), field.name, "give a number")
+            check(value is None or 0 <= value < math.inf, field.name, "give a number from 0 on")
+        elif field.type == tuple[str, ...]:
+            names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+            check(names, field.name, "give a list of names")
+    check(settings.seed < _LARGEST_SEED, "seed", f"give one below {_LARGEST_SEED}")
+    check(isinstance(settings.truncate, bool), "truncate", "give true or false")
+    for name in ("batch_size", "accumulate", "sequence_length", "save_every"):
         check(getattr(settings, name) >= 1, name, "give 1 or more")
+    check(settings.keep >= 2, "keep", "give 2 or more: the newest is proven sound by the update after it")
+    decays = settings.optimizer in ("adamw", "lion") or settings.weight_decay == 0
+    check(decays, "weight_decay", f"use adamw or lion: {settings.optimizer} has none here")
     for name in ("learning_rate", "clip_norm", "epochs"):
         check(getattr(settings, name) > 0, name, "give a number above 0")
     check(settings.steps is None or settings.steps >= 1, "steps", "give 1 or more")

@@ -74,10 +74,25 @@ class Program:
             for path, shape in self.shapes.items()
         }
 
+    @property
+    def state_leaves(self) -> State:
+        """Shape, dtype and sharding of every array of a state: a moment lies with its master, the rest everywhere."""
+
+        def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+            spec = self.trained_specs[name] if self.shapes.get(name) == shape.shape else P()
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        moments = jax.eval_shape(self.update.init, self.trained_leaves)
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.mesh, P()))
+        return State(step, self.trained_leaves, jax.tree_util.tree_map_with_path(leaf, moments))
+
     def start(self, trained: dict[str, Array]) -> State:
         """The state before the first update."""
-        # Jitted, so that the moments lie where the masters do.
-        return State(jnp.zeros((), jnp.int32), trained, jax.jit(self.update.init)(trained))
+        leaves = self.state_leaves
+        places = jax.tree.map(lambda leaf: leaf.sharding, leaves.optimizer)
+        moments = jax.jit(self.update.init, out_shardings=places)(trained)
+        return State(jnp.zeros((), jnp.int32, device=leaves.step.sharding), trained, moments)
 
     def place(self, batch: Batch, *, parts: int) -> Batch:
         """A batch of host arrays on the devices, cut into parts: each array gets a first dim for them."""
@@ -119,7 +134,8 @@ class Program:
             )
             return State(state.step + 1, trained, optimizer), report
 
-        return jax.jit(step, donate_argnums=0)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.state_leaves)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, NamedSharding(self.mesh, P())))
 
     def compile_evaluation(self) -> Callable[[Arrays, Arrays, Batch], Sums]:
         """The jitted sums of a batch; the batch in one part."""

@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 from gptoss_jax import distributed
 from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import TrainingError
+from gptoss_jax.errors import DataError, TrainingError
 from gptoss_jax.finetune.batches import Batches
 from gptoss_jax.finetune.data import Example, read_examples, split
+from gptoss_jax.finetune.forward import Arrays
 from gptoss_jax.finetune.initial import frozen_parameters, masters, new_adapters
 from gptoss_jax.finetune.metrics import Metrics, MetricsWriter
 from gptoss_jax.finetune.optimizer import learning_rates, optimizer
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.runs import Checkpoints, Description, digest_of, is_run
+from gptoss_jax.finetune.runs import Checkpoints, Description, digest_of, is_run, named_disk_errors
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import Program, Report, State, program
 from gptoss_jax.manifest import CONFIG, read_manifest
@@ -80,8 +81,9 @@ def fine_tune(
     mesh = make_mesh() if mesh is None else mesh
     check_mesh(config, mesh)
     _check_rows(settings, mesh)
-    date = Description.read(directory).date if resume and is_run(directory) else datetime.date.today()
-    batches, held_out = _batches(settings, files, date)
+    begun = Description.read(directory).date if resume and is_run(directory) else datetime.date.today()
+    date = datetime.date.fromisoformat(distributed.tell(begun.isoformat()))  # hosts may be in different time zones
+    batches, held_out = _batches(settings, files, date, config.vocab_size)
     described = Description(
         base=checkpoint,
         base_digest=digest_of(checkpoint),
@@ -90,15 +92,33 @@ def fine_tune(
         config=config,
         settings=settings,
         steps=settings.steps or _steps(batches, settings.epochs),
+        dtype=str(dtype),
     )
     _check_directory(directory, described, resume=resume)
     _check_same(described)
+    with named_disk_errors(directory):
+        if distributed.is_first():
+            described.write(directory)
+        return _train(described, directory, batches, held_out, mesh, resume, tensorboard, report)
+
+
+def _train(
+    described: Description,
+    directory: Path,
+    batches: Batches,
+    held_out: Batches | None,
+    mesh: Mesh,
+    resume: bool,
+    tensorboard: bool,
+    report: Callable[[Metrics, int], object],
+) -> Result:
+    config, settings, checkpoint = described.config, described.settings, described.base
     made = program(
         config,
         training_mesh(mesh),
         lora=settings.lora,
         quantize=settings.method == "qat",
-        dtype=dtype,
+        dtype=described.dtype,
         update=optimizer(settings, described.steps),
         balance=settings.balance,
     )
@@ -110,8 +130,6 @@ def fine_tune(
             state = checkpoints.restore(made)
         else:
             state = made.start(new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint))
-        if distributed.is_first():
-            described.write(directory)
         loop = _Loop(described, made, frozen, batches, held_out, checkpoints, report)
         with loop.writing(directory, resumed, tensorboard=tensorboard):
             return loop.run(state)
@@ -171,10 +189,11 @@ class _Loop:
             saves = is_last or done % settings.save_every == 0
             if saves or evaluates:
                 loss, pending = self._read(*pending), None
-            if saves:
-                self._checkpoints.save(done, state)
             if evaluates and self._held_out is not None:
                 evaluation = self._measure(done, state)
+            if saves:
+                self._check_sound(done, {"the largest value": float(_largest(state.trained))})
+                self._checkpoints.save(done, state)
         self._checkpoints.wait()
         return Result(self._steps, loss, evaluation)
 
@@ -184,13 +203,7 @@ class _Loop:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         loss, norm = float(values.loss), float(values.gradient_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._checkpoints.wait()
-            raise TrainingError(
-                f"loss {loss} and gradient norm {norm} at step {step + 1}",
-                where=f"the last good checkpoint is of step {self._checkpoints.latest}",
-                fix="lower the learning rate or clip_norm, or look at that step's data, and resume",
-            )
+        self._check_sound(step, {"loss": loss, "gradient norm": norm})
         counts = np.asarray(values.expert_counts, np.float64)
         mean = np.maximum(counts.mean(axis=1), 1e-9)
         self._write(
@@ -211,6 +224,21 @@ class _Loop:
         )
         return loss
 
+    def _check_sound(self, step: int, found: dict[str, float]) -> None:
+        """Raise TrainingError if what was found in the state after `step` updates is no number.
+
+        A checkpoint of that state is taken away: the ones before have been read soundly.
+        """
+        if all(math.isfinite(value) for value in found.values()):
+            return
+        self._checkpoints.remove(step)
+        what = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise TrainingError(
+            f"{what} at step {step + 1}",
+            where=f"the last good checkpoint is of step {self._checkpoints.latest}",
+            fix="look at the data of the steps before, or start another run with a lower learning rate",
+        )
+
     def _measure(self, done: int, state: State) -> float:
         assert self._held_out is not None
         loss = tokens = 0.0
@@ -218,6 +246,7 @@ class _Loop:
             batch = self._made.place(self._held_out.at(step), parts=1)
             found = fetch(self._evaluate(state.trained, self._frozen, batch), self._made.mesh)
             loss, tokens = loss + float(found.loss), tokens + float(found.tokens)
+        self._check_sound(done, {"evaluation loss": loss / tokens})
         self._write({"kind": "evaluation", "step": done, "loss": loss / tokens, "tokens": tokens})
         self._clock = time.perf_counter()
         return loss / tokens
@@ -228,12 +257,27 @@ class _Loop:
             self._report(metrics, self._steps)
 
 
-def _batches(settings: FineTuning, files: Sequence[Path], date: datetime.date) -> tuple[Batches, Batches | None]:
+def _batches(
+    settings: FineTuning, files: Sequence[Path], date: datetime.date, vocab_size: int
+) -> tuple[Batches, Batches | None]:
     """What is trained on, and what is held out."""
     data, *others = (
         read_examples(file, channels=settings.channels, reasoning=settings.reasoning, date=date) for file in files
     )
     held_out: list[Example] = others[0] if others else []
+    largest = max(int(example.ids.max()) for example in [*data, *held_out])
+    if largest >= vocab_size:
+        raise DataError(
+            f"token id {largest}, the model's vocabulary has {vocab_size}",
+            where=str(files[0]),
+            fix="name a checkpoint with the vocabulary of harmony",
+        )
+    if settings.evaluate_every and not (others or settings.evaluation):
+        raise TrainingError(
+            "evaluate_every without conversations to measure by",
+            where="settings",
+            fix="name a file with --evaluation, or give evaluation, a share of the data",
+        )
     if not others and settings.evaluation:
         data, held_out = split(data, settings.evaluation, settings.seed)
 
@@ -256,7 +300,14 @@ def _steps(batches: Batches, epochs: float) -> int:
     """Updates in so many epochs; the last one may be a part."""
     whole = int(epochs)
     steps = sum(batches.steps_per_epoch(epoch) for epoch in range(whole))
-    return steps + math.ceil((epochs - whole) * batches.steps_per_epoch(whole))
+    part = round((epochs - whole) * batches.steps_per_epoch(whole), 6)  # 0.1 of 10 is 1, not a little more
+    return steps + math.ceil(part)
+
+
+@jax.jit
+def _largest(trained: Arrays) -> jax.Array:
+    """The largest magnitude, which is no number if one of them is none."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(values)) for values in trained.values()]))
 
 
 def _check_rows(settings: FineTuning, mesh: Mesh) -> None:
@@ -271,7 +322,9 @@ def _check_rows(settings: FineTuning, mesh: Mesh) -> None:
 
 def _check_same(described: Description) -> None:
     """See that all processes are about to do the same; none writes before all have looked at the directory."""
-    first, *others = distributed.exchange("run", json.dumps(described.to_json(), sort_keys=True))
+    content = described.to_json()
+    del content["base"]  # its path may be another on each host
+    first, *others = distributed.exchange("run", json.dumps(content, sort_keys=True))
     for index, other in enumerate(others, 1):
         if other != first:
             raise TrainingError(

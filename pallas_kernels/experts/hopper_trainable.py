@@ -23,6 +23,8 @@ from pallas_kernels.experts.hopper_transposed_parts import PAIR
 from pallas_kernels.experts.tiles import Tiling
 from pallas_kernels.experts.weights import ExpertAdapters
 
+NARROWEST = PAIR * TILE
+"""The least D and F that the transposed products take."""
 _RUN = 8
 """Gates and ups alternate in the hidden values by so many."""
 
@@ -50,9 +52,9 @@ def trainable_experts(
         raise Unsupported("experts: the Hopper kernels read weights that prepare() has rearranged, not as published")
     if x.dtype != jnp.bfloat16:
         raise Unsupported(f"experts: tokens of {x.dtype}, the Hopper kernels take bfloat16")
-    if min(weights.width, weights.expert_width) < PAIR * TILE:
+    if min(weights.width, weights.expert_width) < NARROWEST:
         raise Unsupported(
-            f"experts: gradients need widths of {PAIR * TILE}; D = {weights.width}, F = {weights.expert_width}"
+            f"experts: gradients need widths of {NARROWEST}; D = {weights.width}, F = {weights.expert_width}"
         )
     if expert_ids.size == 0:
         return x

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import resource
 import shutil
@@ -10,13 +9,14 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptoss_jax.errors import CheckpointError, DataError, TrainingError
 from gptoss_jax.finetune.runs import METRICS, open_run, saved_steps
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.trainer import fine_tune
+from gptoss_jax.finetune.trainer import Result, fine_tune
 from gptoss_jax.sharding import make_mesh
 
 SETTINGS = FineTuning(
@@ -142,8 +142,15 @@ def rewound(directory, tmp_path):
 def test_other_settings_are_refused(finished, demo_checkpoint, chats, tmp_path, change, named):
     directory = rewound(finished[0], tmp_path)
     with pytest.raises(TrainingError, match=f"not the run that was started .settings: {named}"):
-        fine_tune(demo_checkpoint, chats, directory, dataclasses.replace(SETTINGS, **change), resume=True)
+        fine_tune(
+            demo_checkpoint, chats, directory, dataclasses.replace(SETTINGS, **change), dtype="float32", resume=True
+        )
     assert saved_steps(directory) == [2]
+
+
+def test_other_dtype_is_refused(finished, demo_checkpoint, chats, tmp_path):
+    with pytest.raises(TrainingError, match="dtype differs"):
+        fine_tune(demo_checkpoint, chats, rewound(finished[0], tmp_path), SETTINGS, dtype="bfloat16", resume=True)
 
 
 def test_other_data_is_refused(finished, demo_checkpoint, chats, tmp_path):
@@ -151,7 +158,7 @@ def test_other_data_is_refused(finished, demo_checkpoint, chats, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("Count on", "Count up"))
     with pytest.raises(TrainingError, match="data digest differs"):
-        fine_tune(demo_checkpoint, other, directory, SETTINGS, resume=True)
+        fine_tune(demo_checkpoint, other, directory, SETTINGS, dtype="float32", resume=True)
 
 
 def test_existing_run_is_not_written_over(finished, demo_checkpoint, chats, tmp_path):
@@ -161,14 +168,67 @@ def test_existing_run_is_not_written_over(finished, demo_checkpoint, chats, tmp_
         fine_tune(demo_checkpoint, chats, tmp_path, SETTINGS, resume=True)
 
 
-def test_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(demo_checkpoint, chats, tmp_path):
-    wild = dataclasses.replace(SETTINGS, optimizer="sgd", learning_rate=1e30, clip_norm=1e30, save_every=1)
-    with pytest.raises(TrainingError, match=r"loss nan .*at step 2: the last good checkpoint is of step 1"):
+def test_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(demo_checkpoint, chats, tmp_path, monkeypatch):
+    """The second update goes astray, which only the third one sees: its checkpoint is no good."""
+    monkeypatch.setattr(
+        "gptoss_jax.finetune.optimizer.learning_rates",
+        lambda settings, steps: lambda step: jnp.where(step == 1, 1e30, 0.01),
+    )
+    wild = dataclasses.replace(SETTINGS, optimizer="sgd", clip_norm=1e30, save_every=1)
+    with pytest.raises(TrainingError, match=r"loss nan.* at step 3: the last good checkpoint is of step 1"):
         fine_tune(demo_checkpoint, chats, tmp_path / "run", wild, dtype="float32")
     assert saved_steps(tmp_path / "run") == [1]
-    assert math.isfinite(losses(tmp_path / "run")[-1][1])
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
 
 
+def test_last_state_is_not_saved_if_it_is_no_good(demo_checkpoint, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "gptoss_jax.finetune.optimizer.learning_rates", lambda settings, steps: lambda step: jnp.float32(jnp.inf)
+    )
+    settings = dataclasses.replace(SETTINGS, optimizer="sgd", steps=1)
+    with pytest.raises(
+        TrainingError, match=r"the largest value .* at step 2: the last good checkpoint is of step None"
+    ):
+        fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, dtype="float32")
+    assert saved_steps(tmp_path / "run") == []
+
+
+def test_start_that_failed_can_be_made_again(demo_checkpoint, chats, tmp_path, monkeypatch):
+    """As when it is killed before the first checkpoint."""
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("gptoss_jax.finetune.trainer.frozen_parameters", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
+    assert fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, resume=True).step == 1
+
+
+def test_vocabulary_without_the_conversations_tokens_is_refused(chats, tmp_path):
+    from convert.converter import convert
+    from convert.synthetic import _small, write_checkpoint
+
+    write_checkpoint(tmp_path / "published", _small(vocab_size=256))
+    convert(tmp_path / "published", tmp_path / "small")
+    with pytest.raises(DataError, match=r"token id 2000\d\d, the model's vocabulary has 256"):
+        fine_tune(tmp_path / "small", chats, tmp_path / "run", SETTINGS)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 15), (0.2, 3), (2.1, 32)])
+def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeypatch, epochs, steps):
+    described = []
+
+    def no_run(run, *_):
+        described.append(run)
+        return Result(run.steps, 0.0, None)
+
+    monkeypatch.setattr("gptoss_jax.finetune.trainer._train", no_run)
+    settings = dataclasses.replace(SETTINGS, steps=None, epochs=epochs)
+    fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
+    assert described[0].steps == steps
+
+
+# Orbax' threads go on for a moment after their event loop, and say so to nobody.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_is_named_and_leaves_the_last_checkpoint(finished, demo_checkpoint, chats, tmp_path):
     directory = rewound(finished[0], tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
