@@ -64,3 +64,7 @@ class PlanError(GptOssError):
 
 class DoesNotFit(BenchError):
     """A measurement that needs more memory than the device has left."""
+
+
+class TrainingError(GptOssError):
+    """A fine-tuning that cannot start, go on, or be taken up again."""
