@@ -37,6 +37,8 @@ from gptoss_jax.cli_arguments import (
 )
 from gptoss_jax.cli_processes import run_together
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
+from gptoss_jax.finetune.command import add_arguments as add_finetune_arguments
+from gptoss_jax.finetune.command import run as run_finetune
 from gptoss_jax.plan.command import add_arguments as add_plan_arguments
 from gptoss_jax.plan.command import run as run_plan
 
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
+        ("finetune", "train adapters or all weights on conversations", add_finetune_arguments, _run_finetune),
         ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, _run_bench),
         ("plan", "what a model would take on devices that need not be there", add_plan_arguments, run_plan),
     ):
@@ -318,6 +321,10 @@ def _chat(options: argparse.Namespace) -> int:
     chat_terminal.run(chat, json_lines=options.json)
     dismiss()
     return 0
+
+
+def _run_finetune(options: argparse.Namespace) -> int:
+    return run_together(run_finetune, options)
 
 
 def _run_bench(options: argparse.Namespace) -> int:
