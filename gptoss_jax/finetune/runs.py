@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from convert.zarr import UNREADABLE, open_array, read_rows
+from convert.zarr import UNREADABLE
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError, TrainingError
 from gptoss_jax.finetune.adapters import LoRA
@@ -126,9 +127,10 @@ class Trained:
 
     def read(self, path: str, rows: slice = slice(None)) -> np.ndarray:
         """Rows of a trained array, in float32."""
-        start, stop, _ = rows.indices(self.shapes[path][0])
+        store = {"driver": "ocdbt", "base": f"file://{self.folder.resolve()}/", "path": f"{_TRAINED}.{path}/"}
         try:
-            return read_rows(open_array(self.folder / f"{_TRAINED}.{path}"), start, stop)
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+            return np.ascontiguousarray(array[rows].read().result())
         except UNREADABLE as damaged:
             raise CheckpointError(
                 f"{path} is missing or damaged", where=str(self.folder), fix="name an earlier step, or train again"
@@ -181,8 +183,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            # Plain folders, which `Trained.read` reads rows of.
-            item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=False),
+            item_handlers=ocp.PyTreeCheckpointHandler(),
         )
 
     @property
