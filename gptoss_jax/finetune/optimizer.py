@@ -1,7 +1,9 @@
 """The update rule of a run, put together from optax's parts."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -27,11 +29,11 @@ def learning_rates(settings: FineTuning, steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, falling, alpha=_LAST_SHARE),
     }[settings.schedule]
     if settings.warmup_steps == 0:
-        return after
+        return _mixing(after)
     warmup = settings.warmup_steps
     # The first update has a share of the rate, not none of it.
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return _mixing(optax.join_schedules([rise, after], [warmup]))
 
 
 def optimizer(settings: FineTuning, steps: int) -> optax.GradientTransformation:
@@ -48,7 +50,19 @@ def optimizer(settings: FineTuning, steps: int) -> optax.GradientTransformation:
         "lion": lambda: optax.lion(rates, weight_decay=decay, mask=_decays, mu_dtype=jnp.bfloat16),
         "sgd": lambda: optax.sgd(rates),
     }[settings.optimizer]()
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    whole = optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    return optax.GradientTransformation(whole.init, _mixing(whole.update))
+
+
+def _mixing[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    """A function of optax's, which mixes dtypes, also where JAX has been told to refuse that."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _decays(trained: Mapping[str, Array]) -> dict[str, bool]:

@@ -79,8 +79,6 @@ class FineTuning:
     """Checkpoints kept: the newest."""
 
     def __post_init__(self) -> None:
-        for name in ("targets", "channels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come from JSON
         _check(self)
 
     @property
@@ -94,7 +92,7 @@ class FineTuning:
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(content) - set(names)):
             raise TrainingError(f"unknown setting {unknown[0]!r}", where=where, fix=f"use some of {', '.join(names)}")
-        return cls(**content)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
     @classmethod
     def read(cls, path: Path) -> "FineTuning":

@@ -27,8 +27,8 @@ class State:
 
     step: Any
     """int32: updates made."""
-    trained: dict[str, Array]
-    """Float32, by path: adapters, or masters of all parameters."""
+    trained: Any
+    """A dict of float32 arrays by path: adapters, or masters of all parameters."""
     optimizer: Any
 
 
