@@ -1,7 +1,7 @@
 """The command `gptoss-jax`: its arguments, and what each command runs.
 
-Whatever is heavy (JAX, NumPy, harmony) is imported inside the commands, so that --help is instant. `convert`, `inspect`
-and `verify` are convert/cli.py's, which also turns a bad input into one line and exit code 2.
+Whatever is heavy (JAX, NumPy, harmony) is imported inside the commands, so that --help is instant. `convert`,
+`inspect`, `verify` and `export` are convert/cli.py's, which also turns a bad input into one line and exit code 2.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from typing import Any
 from convert.cli import (
     Parser,
     add_convert_arguments,
+    add_export_arguments,
     add_inspect_arguments,
     add_verify_arguments,
     run_convert,
+    run_export,
     run_guarded,
     run_inspect,
     run_verify,
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         ("convert", "published safetensors to a sharded Orbax checkpoint", add_convert_arguments, run_convert),
         ("inspect", "describe a checkpoint, published or converted", add_inspect_arguments, run_inspect),
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
+        ("export", "a converted or fine-tuned checkpoint to safetensors", add_export_arguments, run_export),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
         ("finetune", "train adapters or all weights on conversations", add_finetune_arguments, _run_finetune),
