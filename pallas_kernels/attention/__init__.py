@@ -1,12 +1,13 @@
-"""Attention of a few queries over paged keys and values, with learned sinks."""
+"""Attention with learned sinks: of a few queries over paged keys and values, and of whole rows with gradients."""
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import hopper, reference, tpu
+from pallas_kernels.attention.trainable import segment_attention
 from pallas_kernels.dispatch import Impl, choose, platform
 
-__all__ = ["attention", "pool_width"]
+__all__ = ["attention", "pool_width", "segment_attention"]
 
 _hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
 _tpu = jax.jit(tpu.attention, static_argnames=("window", "step_pages", "interpret"))
@@ -54,18 +55,3 @@ def pool_width(head_dim: int) -> int:
         64
     """
     return tpu.pool_width(head_dim) if platform() == "tpu" else head_dim
-
-
-def segment_attention(queries, keys, values, segments, sinks, *, window):
-    import jax.numpy as jnp
-    T=queries.shape[1]; G=queries.shape[2]//keys.shape[2]
-    k=jnp.repeat(keys,G,axis=2); v=jnp.repeat(values,G,axis=2)
-    s=jnp.einsum("btnh,bsnh->bnts",queries,k).astype(jnp.float32)*queries.shape[-1]**-0.5
-    d=jnp.arange(T)[:,None]-jnp.arange(T)[None]
-    seen=(d>=0)&(d<(window or T+1))
-    seen=seen[None]&(segments[:,:,None]==segments[:,None,:])
-    s=jnp.where(seen[:,None],s,-1e30)
-    m=jnp.maximum(s.max(-1,keepdims=True),sinks[None,:,None,None])
-    e=jnp.exp(s-m); p=e/(e.sum(-1,keepdims=True)+jnp.exp(sinks[None,:,None,None]-m))
-    o=jnp.einsum("bnts,bsnh->btnh",p,v.astype(jnp.float32))
-    return jnp.where((segments>0)[...,None,None],o,0).astype(queries.dtype)

@@ -74,9 +74,8 @@ def loss_sum(weights, conversations, config: ModelConfig, *, absent_rows: int = 
     total = 0.0
     for tokens, targets, trained in conversations:
         found = logits(weights, tokens, config)
-        found = jnp.pad(found, ((0, 0), (0, absent_rows)))
-        found = jax.nn.log_softmax(found, axis=-1)
-        total = total - (found[np.arange(len(tokens)), targets] * trained).sum()
+        whole = jnp.logaddexp(jax.nn.logsumexp(found, axis=-1), jnp.log(float(absent_rows)))  # -inf for none
+        total = total + ((whole - found[np.arange(len(tokens)), targets]) * trained).sum()
     return total
 
 
