@@ -116,7 +116,9 @@ def render_conversation(
     <|start|>assistant
     """
     told, history = _split_instructions(read_messages(messages), instructions)
-    conversation = _opening_messages(reasoning, date or datetime.date.today(), told, tools)
+    conversation = [_system_message(reasoning, date or datetime.date.today())]
+    if told or tools:
+        conversation.append(_developer_message(told, tools))
     conversation += [_harmony_message(message) for message in drop_past_reasoning(history)]
     with _refusals_named():
         return harmony_encoding().render_conversation_for_completion(
@@ -146,7 +148,9 @@ def render_each(
     told, following = _split_instructions(messages, instructions)
     described = json.dumps([(tool.name, tool.description, tool.parameters) for tool in tools])
     with _refusals_named():
-        opening = _render_opening(reasoning, date or datetime.date.today(), told, described)
+        opening = _render_system(reasoning, date or datetime.date.today(), bool(tools))
+        if told or tools:
+            opening += _render_developer(told, described)
         return list(opening), [_render_message(message) for message in following]
 
 
@@ -163,13 +167,17 @@ def _render_empty(message: Message) -> tuple[int, ...]:
     return tuple(harmony_encoding().render(_harmony_message(message)))
 
 
+@functools.lru_cache(maxsize=2**16)
+def _render_system(reasoning: str, date: datetime.date, has_tools: bool) -> tuple[int, ...]:
+    options = harmony.RenderOptions(conversation_has_function_tools=has_tools)
+    return tuple(harmony_encoding().render(_system_message(reasoning, date), options))
+
+
 @functools.lru_cache(maxsize=4096)
-def _render_opening(reasoning: str, date: datetime.date, told: str, tools: str) -> tuple[int, ...]:
-    """The ids of the system and developer messages; kept, since in a dataset many conversations open alike."""
+def _render_developer(told: str, tools: str) -> tuple[int, ...]:
+    """Kept as the others are: in a data set many conversations open alike, and tools take 1 ms."""
     described = [Tool(*fields) for fields in json.loads(tools)]
-    options = harmony.RenderOptions(conversation_has_function_tools=bool(described))
-    opening = _opening_messages(reasoning, date, told, described)
-    return tuple(token for message in opening for token in harmony_encoding().render(message, options))
+    return tuple(harmony_encoding().render(_developer_message(told, described)))
 
 
 def _split_instructions(messages: Sequence[Message], instructions: str | None) -> tuple[str, Sequence[Message]]:
@@ -177,11 +185,6 @@ def _split_instructions(messages: Sequence[Message], instructions: str | None) -
     num_opening = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
     told = [text for text in (instructions, *(m.content for m in messages[:num_opening])) if text]
     return "\n\n".join(told), messages[num_opening:]
-
-
-def _opening_messages(reasoning: str, date: datetime.date, told: str, tools: Sequence[Tool]) -> list[harmony.Message]:
-    system = _system_message(reasoning, date)
-    return [system, _developer_message(told, tools)] if told or tools else [system]
 
 
 @contextlib.contextmanager
