@@ -57,9 +57,10 @@ def export(
 ) -> Exported:
     """Write `checkpoint`, a converted directory or a fine-tuning run, into the new directory `destination`.
 
-    `dtype` is that of the experts' matrices. `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step`
-    say where the checkpoint that a run started from is now, and which of the run's checkpoints to take. Raises
-    CheckpointError or ConversionError, and then leaves `destination` as it was.
+    `dtype` is that of the experts' matrices; no file holds more than `max_shard_bytes`, unless a tensor alone does.
+    `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step` say where the checkpoint that a run started
+    from is now, and which of the run's checkpoints to take. Raises CheckpointError or ConversionError, and then leaves
+    `destination` as it was.
 
     Example:
         >>> print(export(Path("gpt-oss-20b"), Path("gpt-oss-20b-hf")))  # doctest: +SKIP

@@ -9,6 +9,8 @@ from convert.table import table
 from gptoss_jax.manifest import SourceFile
 
 TOKENIZER_FILES = "tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja"
+MUCH = 0.5
+"""The error over the change from which on the report says so."""
 _COLUMNS = ("attention", "router", "experts.gate_up", "experts.down")
 
 
@@ -68,12 +70,18 @@ class Exported:
     def __str__(self) -> str:
         trained = "" if self.method is None else f", {self.method} step {self.step}"
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        form = "PEFT adapter" if self.form == "peft" else f"{self.form} layout"
         lines = [
             f"{self.destination}: {self.num_tensors} tensors, {self.num_bytes:,} bytes in {files}, "
-            f"{self.form} layout, {self.dtype}{trained}"
+            f"{form}, {self.dtype}{trained}"
         ]
         if self.differences:
             lines += ["", *self._table(), ""]
+        if lost := [d for d in self.differences if (d.error_of_change or 0.0) >= MUCH]:
+            lines.append(
+                f"rounding moves {len(lost)} of {len(self.differences)} weights at least {MUCH:g} times as far as "
+                "training did: --dtype bf16 rounds less, --peft not at all"
+            )
         if self.form == "hf":
             lines.append(f"tokenizer: copy {TOKENIZER_FILES} from the published repository")
         return "\n".join(lines)

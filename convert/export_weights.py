@@ -18,7 +18,7 @@ from convert.verify import checked_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.manifest import chunk_shape, read_manifest
+from gptoss_jax.manifest import CONFIG, chunk_shape, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 from pallas_kernels.mxfp4 import refuse_nonfinite
 
@@ -53,6 +53,12 @@ class Weights:
         # A run that holds every parameter needs no checkpoint beside it.
         is_whole = run is not None and run.lora is None
         self._checksums = {} if is_whole else read_manifest(self._checkpoint).sha256
+        if run is not None and not is_whole and ModelConfig.read(self._checkpoint / CONFIG) != run.config:
+            raise CheckpointError(
+                "run and checkpoint are of different architectures",
+                where=f"{directory} and {self._checkpoint}",
+                fix="name the checkpoint it started from with --base",
+            )
         self._sums: dict[str, np.ndarray] = {}
         self._scales: dict[str, list[np.ndarray]] = {}
 
@@ -77,7 +83,7 @@ class Weights:
         if not self._is_trained(parameter):
             yield from self._stored(parameter)
         elif parameter.leaf == "blocks":
-            self._scales[_weight(parameter)] = []  # a few MB, until their turn comes
+            self._scales[_weight(parameter)] = []  # tens of MB at most, until their turn comes
             for exact, change in self._exact_matrices(parameter):
                 blocks, scales = quantized(exact)
                 self._compare(parameter, dequantized(blocks, scales), exact, change)
@@ -148,9 +154,8 @@ class Weights:
             yield dequantized(expert_blocks, expert_scales)
 
     def _compare(self, parameter: Parameter, written: np.ndarray, exact: np.ndarray, change: np.ndarray | None) -> None:
-        error = written.astype(np.float32) - exact
-        squares = [np.square(values).sum(dtype=np.float64) for values in (exact, error)]
-        squares.append(np.float64(np.nan) if change is None else np.square(change).sum(dtype=np.float64))
+        error = written.astype(np.float32, copy=False) - exact
+        squares = [np.nan if values is None else _sum_of_squares(values) for values in (exact, error, change)]
         self._sums[_weight(parameter)] = self._sums.get(_weight(parameter), 0.0) + np.array(squares)
 
     def _finite(self, path: str, start: int, values: np.ndarray) -> np.ndarray:
@@ -171,6 +176,11 @@ def _weight(parameter: Parameter) -> str:
 def _master(parameter: Parameter) -> str:
     """What a run that trains whole weights calls it."""
     return parameter.path if parameter.dtype == "bfloat16" else f"{_weight(parameter)}.weight"
+
+
+def _sum_of_squares(values: np.ndarray) -> float:
+    """In float32 along a row, in float64 over the rows."""
+    return float(np.vecdot(values, values).sum(dtype=np.float64))
 
 
 def _one_by_one(runs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@ expert running fastest. Of two parameters of one module the second wraps the fir
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,8 +81,8 @@ def adapter_values(run: Trained, tensor: AdapterTensor) -> Iterator[np.ndarray]:
 def _tensor(path: str, shape: tuple[int, ...]) -> AdapterTensor:
     _, layer, weight = path.split(".", 2)
     weight, _, side = weight.rpartition(".")
-    name = f"base_model.model.model.layers.{layer}.{_MODULES[weight]}.{side.replace('_b', '_B').replace('_a', '_A')}"
-    return AdapterTensor(f"{name}.weight", _shape(shape, weight, side), "F32", path)
+    name = f"base_model.model.model.layers.{layer}.{_MODULES[weight]}.lora_{side[-1].upper()}.weight"
+    return AdapterTensor(name, _shape(shape, weight, side), "F32", path)
 
 
 def _shape(shape: tuple[int, ...], weight: str, side: str) -> tuple[int, int]:
@@ -89,5 +90,4 @@ def _shape(shape: tuple[int, ...], weight: str, side: str) -> tuple[int, int]:
     if weight.startswith("experts."):
         num_experts, rows, columns = shape
         return (num_experts * rows, columns) if side == "lora_a" else (rows, columns * num_experts)
-    num_values = int(np.prod(shape))
-    return (shape[0], num_values // shape[0]) if side == "lora_a" else (num_values // shape[-1], shape[-1])
+    return (shape[0], math.prod(shape[1:])) if side == "lora_a" else (math.prod(shape[:-1]), shape[-1])

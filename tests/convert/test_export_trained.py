@@ -131,6 +131,13 @@ def test_report_gives_the_error_of_each_weight(converted: Path, export_run) -> N
     assert 0.01 < found["layers.2.experts.down"].relative_error < 0.2
 
 
+def test_printed_report_says_where_rounding_undoes_the_training(converted: Path, export_run) -> None:
+    run = lora_run(converted, alpha=0.01, targets=("experts",))
+    assert "rounding moves 8 of 8 weights at least 0.5 times as far as training did" in str(export_run(run))
+    in_bf16 = export_run(lora_run(converted, targets=("experts",)), dtype="bf16", overwrite=True)
+    assert "rounding moves" not in str(in_bf16)
+
+
 def test_printed_report_has_a_row_for_each_layer(converted: Path, export_run) -> None:
     exported = export_run(lora_run(converted, targets=("experts",)))
     lines = str(exported).splitlines()
@@ -167,6 +174,13 @@ def test_weight_that_is_not_finite_is_named(
     with pytest.raises(CheckpointError, match=named + r".*export an earlier step"):
         export_run(run)
     assert not list(tmp_path.iterdir())
+
+
+def test_base_of_another_architecture_is_refused(converted: Path, export_run) -> None:
+    run = lora_run(converted)
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, sliding_window=9))
+    with pytest.raises(CheckpointError, match=r"different architectures.*--base"):
+        export_run(other)
 
 
 @pytest.mark.parametrize("method", ["full", "qat"])
