@@ -244,8 +244,12 @@ def _experts(
 def _held_experts(weights: _Weights, form: Form) -> tuple[ExpertWeights | DenseExperts, ExpertAdapters | None]:
     biases = weights["experts.gate_up.bias"], weights["experts.down.bias"]
     if form.lora is None:
-        return DenseExperts(weights["experts.gate_up.weight"], biases[0], weights["experts.down.weight"], biases[1]), None
-    packed = (MXFP4(weights[f"experts.{name}.blocks"], weights[f"experts.{name}.scales"]) for name in ("gate_up", "down"))
+        return DenseExperts(
+            weights["experts.gate_up.weight"], biases[0], weights["experts.down.weight"], biases[1]
+        ), None
+    packed = (
+        MXFP4(weights[f"experts.{name}.blocks"], weights[f"experts.{name}.scales"]) for name in ("gate_up", "down")
+    )
     gate_up, down = packed
     held = ExpertWeights(gate_up, biases[0], down, biases[1])
     factors = weights.adapter("experts.gate_up"), weights.adapter("experts.down")

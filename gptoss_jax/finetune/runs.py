@@ -1,10 +1,10 @@
 """A run's directory: what it was started with, its checkpoints, and what has been trained so far.
 
-    RUN/
-        run.json         the base, its config, the settings and the data, compared when the run is taken up again
-        checkpoints/     Orbax, one folder for each kept step: masters or adapters, optimizer, step
-        metrics.jsonl    one line for each update and evaluation
-        tensorboard/     the same for TensorBoard, if asked for
+RUN/
+    run.json         the base, its config, the settings and the data, compared when the run is taken up again
+    checkpoints/     Orbax, one folder for each kept step: masters or adapters, optimizer, step
+    metrics.jsonl    one line for each update and evaluation
+    tensorboard/     the same for TensorBoard, if asked for
 """
 
 import contextlib

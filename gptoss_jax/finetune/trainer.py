@@ -225,9 +225,7 @@ class _Loop:
             self._report(metrics, self._steps)
 
 
-def _batches(
-    settings: FineTuning, files: Sequence[Path], date: datetime.date
-) -> tuple[Batches, Batches | None]:
+def _batches(settings: FineTuning, files: Sequence[Path], date: datetime.date) -> tuple[Batches, Batches | None]:
     """What is trained on, and what is held out."""
     data, *others = (
         read_examples(file, channels=settings.channels, reasoning=settings.reasoning, date=date) for file in files
