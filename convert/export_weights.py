@@ -4,9 +4,9 @@ What a run did not train is written byte for byte, and compared with the checkpo
 train is made exactly in float32, a few rows or one expert at a time, and rounded once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,13 +32,13 @@ class Trained(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     @property
-    def method(self) -> Literal["lora", "full", "qat"]: ...
+    def method(self) -> str: ...
     @property
     def lora(self) -> LoRA | None: ...
     @property
     def step(self) -> int: ...
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     def read(self, path: str, rows: slice = slice(None)) -> np.ndarray: ...
 
 

@@ -89,7 +89,7 @@ def fine_tune(
         settings=settings,
         steps=settings.steps or _steps(batches, settings.epochs),
     )
-    _check_directory(directory, described, resume=resume)
+    check_directory(directory, described, resume=resume)
     made = program(
         config,
         training_mesh(mesh),
@@ -99,17 +99,47 @@ def fine_tune(
         update=optimizer(settings, described.steps),
         balance=settings.balance,
     )
-    checkpoints = Checkpoints(directory, keep=settings.keep)
+    return train(
+        described,
+        directory,
+        made,
+        batches,
+        frozen=lambda: frozen_parameters(made, checkpoint) if settings.lora else {},
+        initial=lambda: new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint),
+        held_out=held_out,
+        resume=resume,
+        tensorboard=tensorboard,
+        report=report,
+    )
+
+
+def train(
+    described: Description,
+    directory: Path,
+    made: Program,
+    batches: Batches,
+    *,
+    initial: Callable[[], dict[str, jax.Array]],
+    frozen: Callable[[], dict[str, jax.Array]] = dict,
+    held_out: Batches | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    report: Callable[[Metrics, int], object] = lambda metrics, steps: None,
+) -> Result:
+    """Run a program on batches from what `initial` gives, or with `resume` from the directory's newest checkpoint.
+
+    What `fine_tune` does once it knows what to train; `frozen` gives what is not trained. Raises TrainingError as it
+    does.
+    """
+    check_directory(directory, described, resume=resume)
+    checkpoints = Checkpoints(directory, keep=described.settings.keep)
     with contextlib.closing(checkpoints):
         resumed = checkpoints.latest if resume else None
-        frozen = frozen_parameters(made, checkpoint) if settings.lora else {}
-        if resumed is not None:
-            state = checkpoints.restore(made)
-        else:
-            state = made.start(new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint))
+        fixed = frozen()
+        state = made.start(initial()) if resumed is None else checkpoints.restore(made)
         if is_first():
             described.write(directory)
-        loop = _Loop(described, made, frozen, batches, held_out, checkpoints, report)
+        loop = _Loop(described, made, fixed, batches, held_out, checkpoints, report)
         with loop.writing(directory, resumed, tensorboard=tensorboard):
             return loop.run(state)
 
@@ -266,7 +296,8 @@ def _check_rows(settings: FineTuning, mesh: Mesh) -> None:
         )
 
 
-def _check_directory(directory: Path, described: Description, *, resume: bool) -> None:
+def check_directory(directory: Path, described: Description, *, resume: bool) -> None:
+    """Raise TrainingError unless a run can start in the directory, or with `resume` go on."""
     where = str(directory)
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         fix = "continue it with --resume, or name another directory" if is_run(directory) else "name a new directory"
