@@ -71,7 +71,7 @@ def answers(model: Transformer, prompts: Sequence[Prompt], *, batch_size: int = 
             written.update((ids, completion.tokens) for ids, completion in zip(batch, found, strict=True))
 
 
-def accuracy(answered: Sequence[Answered]) -> dict[str, dict[str, float]]:
+def accuracy(answered: Sequence[Answered]) -> dict[str, dict[str, int | float]]:
     """Right answers, problems and their quotient, by kind and by group.
 
     Example:
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
+def table(found: Mapping[str, Mapping[str, int | float]]) -> str:
     """One line a kind.
 
     Example:

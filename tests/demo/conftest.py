@@ -6,9 +6,12 @@ import pytest
 
 import gptoss_jax
 from convert.converter import convert
+from gptoss_jax.demo.corpus import Prompt
 from gptoss_jax.demo.expand import expand
 from gptoss_jax.demo.model import demo_config
 from gptoss_jax.demo.train import SETTINGS, render, train_demo
+from gptoss_jax.harmony.conversation import Message
+from gptoss_jax.harmony.encoding import render_conversation
 
 SMALL = dataclasses.replace(
     demo_config(), num_layers=2, layer_kinds=demo_config().layer_kinds[:2], hidden_size=64, intermediate_size=64
@@ -16,6 +19,17 @@ SMALL = dataclasses.replace(
 SMALL_SETTINGS = dataclasses.replace(
     SETTINGS, steps=4, batch_size=1, sequence_length=512, warmup_steps=2, save_every=3, keep=2
 )
+
+
+def first_prompt(prompt: Prompt) -> list[int]:
+    """What the model reads when a problem is put to it."""
+    return render_conversation(
+        [Message("user", prompt.question)],
+        reasoning=prompt.reasoning,
+        tools=prompt.tools,
+        instructions=prompt.instructions,
+        date=prompt.date,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The examination: with a scripted model that knows the answers, or some of them."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from gptoss_jax.demo import evaluate
 from gptoss_jax.demo.corpus import evaluation_prompts
 from gptoss_jax.demo.evaluate import BATCH, GROUPS, accuracy, answers, main
 from gptoss_jax.harmony.encoding import decode, encode
+from tests.demo.conftest import first_prompt
 
 PROMPTS = evaluation_prompts(seed=2, count=70)
 
@@ -32,30 +34,19 @@ def script(monkeypatch):
 
 
 def right(text):
-    [prompt] = {
-        prompt.question: prompt for prompt in PROMPTS if f"<|message|>{prompt.question}<|end|>" in text
-    }.values()
+    [prompt] = [one for one in PROMPTS if text.startswith(decode(first_prompt(one)[:-2]))]
     if prompt.tools and "to=assistant" not in text:
-        name, arguments = call_of(prompt)
-        return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
-    return f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{prompt.answer}<|return|>"
+        # Each of a prompt's tools knows the one call that has a result.
+        call = inspect.getclosurevars(inspect.unwrap(prompt.tools[0].function)).nonlocals["call"]
+        arguments = json.dumps(call.arguments)
+        return f"<|channel|>commentary to=functions.{call.name} <|constrain|>json<|message|>{arguments}<|call|>"
+    answer = f"<|start|>assistant<|channel|>final<|message|>{prompt.answer}<|return|>"
+    return f"<|channel|>analysis<|message|>Hm.<|end|>{answer}"
 
 
-def call_of(prompt):
-    """The right call, of the tool that has the answer."""
-    [found] = [
-        (tool.name, dict(zip(tool.function.__code__.co_freevars, (), strict=False)) or tool.function.__closure__)
-        for tool in prompt.tools
-        if tool.name == {"weather": "get_weather", "price": "lookup_price", "currency": "convert_currency"}[prompt.kind]
-    ]
-    name, closure = found
-    [call] = [cell.cell_contents for cell in closure if hasattr(cell.cell_contents, "arguments")]
-    return name, json.dumps(call.arguments)
-
-
-def test_right_answers_are_counted_by_kind_and_tools_take_a_second_round(script):
+def test_right_answers_are_counted_by_kind_and_tools_take_a_second_round(script, tiny_model):
     sizes = script(right)
-    answered = answers(None, PROMPTS)
+    answered = answers(tiny_model, PROMPTS)
     assert [one.prompt for one in answered] == PROMPTS
     found = accuracy(answered)
     assert {counts["accuracy"] for counts in found.values()} == {1.0}
@@ -66,26 +57,26 @@ def test_right_answers_are_counted_by_kind_and_tools_take_a_second_round(script)
     assert set(found) == {"all", *GROUPS, *(kind for kinds in GROUPS.values() for kind in kinds)}
 
 
-def test_wrong_and_missing_answers_are_not_right(script):
+def test_wrong_and_missing_answers_are_not_right(script, tiny_model):
     script(
         lambda text: "<|channel|>final<|message|>42<|return|>" if "Sort" in text else "<|channel|>analysis<|message|>So"
     )
-    answered = answers(None, PROMPTS)
+    answered = answers(tiny_model, PROMPTS)
     assert {one.answer for one in answered} == {"", "42"}
     assert accuracy(answered)["all"]["right"] == 0
 
 
-def test_call_after_call_ends(script):
+def test_call_after_call_ends(script, tiny_model):
     script(lambda text: '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"n": 1}<|call|>')
-    found = accuracy(answers(None, [prompt for prompt in PROMPTS if prompt.kind == "weather"]))
+    found = accuracy(answers(tiny_model, [prompt for prompt in PROMPTS if prompt.kind == "weather"]))
     assert found["tools"]["right"] == 0
 
 
-def test_command_prints_a_table_or_an_object(script, monkeypatch, capsys):
+def test_command_prints_a_table_or_an_object(script, tiny_model, monkeypatch, capsys):
     script(lambda text: "<|channel|>final<|message|>42<|return|>")
-    monkeypatch.setattr(evaluate, "load", lambda path, dtype: None)
+    monkeypatch.setattr(evaluate, "load", lambda path, dtype: tiny_model)
     main(["somewhere", "--count", "10", "--seed", "2"])
-    assert "arithmetic    0 of    2   0.0 %\n" in capsys.readouterr().out
+    assert "arithmetic    0 of    2    0.0 %\n" in capsys.readouterr().out
     main(["somewhere", "--count", "10", "--seed", "2", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["accuracy"]["all"] == {"right": 0, "asked": 10, "accuracy": 0.0}

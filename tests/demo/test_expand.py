@@ -65,7 +65,7 @@ def test_incomplete_checkpoint_and_that_of_other_weights_are_made_anew(copied, t
     whole = (directory / FILE).read_bytes()
     (directory / FILE).write_bytes(whole[:-1])
     assert (expand(directory, copied) / FILE).read_bytes() == whole
-    (directory / "demo.json").write_text('{"sha256": "that of others", "num_bytes": %d}' % len(whole))
+    change(directory / "demo.json", sha256="that of others")
     (directory / FILE).write_bytes(bytes(len(whole)))
     assert (expand(directory, copied) / FILE).read_bytes() == whole
 
