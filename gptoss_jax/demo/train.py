@@ -1,6 +1,6 @@
 """Train the demo model from random weights: the corpus, the run, and the two files that are shipped.
 
-`python -m gptoss_jax.demo.train OUT --seed 1 --steps 4000 --conversations 100000`; the same line takes up a run that
+`python -m gptoss_jax.demo.train OUT --seed 1 --steps 5000 --conversations 200000`; the same line takes up a run that
 was interrupted. OUT/
     corpus.npz             the corpus as token ids
     run/                   a run as gptoss-jax finetune makes them: checkpoints, and in metrics.jsonl the loss curve
@@ -45,7 +45,7 @@ from gptoss_jax.sharding import make_mesh, put
 CORPUS = "corpus.npz"
 RUN = "run"
 SETTINGS = FineTuning(
-    method="qat", steps=4000, batch_size=32, sequence_length=1024, learning_rate=2e-3, warmup_steps=200,
+    method="qat", steps=5000, batch_size=32, sequence_length=1024, learning_rate=2e-3, warmup_steps=200,
     weight_decay=0.1, balance=0.01, save_every=500, keep=1,
 )  # fmt: skip
 """32,768 tokens an update."""
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, metavar="OUT")
     parser.add_argument("--seed", type=int, default=1, help="of the corpus, the weights and the order")
     parser.add_argument("--steps", type=int, default=SETTINGS.steps)
-    parser.add_argument("--conversations", type=int, default=100_000)
+    parser.add_argument("--conversations", type=int, default=200_000)
     parser.add_argument("--learning-rate", type=float, default=SETTINGS.learning_rate)
     parser.add_argument("--render-only", action="store_true", help="write OUT/corpus.npz and stop")
     options = parser.parse_args(arguments)

@@ -13,6 +13,8 @@ from gptoss_jax.harmony.encoding import decode, encode
 from tests.demo.conftest import first_prompt
 
 PROMPTS = evaluation_prompts(seed=2, count=70)
+FIRST = {decode(first_prompt(prompt)[:-2]): prompt for prompt in PROMPTS}
+"""By what the model has read when it answers; what follows is of the answer."""
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def script(monkeypatch):
 
 
 def right(text):
-    [prompt] = [one for one in PROMPTS if text.startswith(decode(first_prompt(one)[:-2]))]
+    [prompt] = [one for first, one in FIRST.items() if text.startswith(first)]
     if prompt.tools and "to=assistant" not in text:
         # Each of a prompt's tools knows the one call that has a result.
         call = inspect.getclosurevars(inspect.unwrap(prompt.tools[0].function)).nonlocals["call"]
