@@ -16,8 +16,8 @@ from gptoss_jax.finetune.placement import DATA, varying
 from gptoss_jax.sharding import MODEL_AXES
 from pallas_kernels.projections.reference import norm
 
-_CHUNK_TOKENS = 512
-"""Tokens whose logits exist at a time: 0.4 GB in float32 for the published vocabulary."""
+_CHUNK_LOGITS = 512 * 201_088
+"""That exist at a time: 0.4 GB in float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ def _cross_entropy(
     """The weighted sum of the negative log-probabilities, a chunk of tokens at a time; logits are computed again in the
     backward pass."""
     num_rows, width = rows.shape
-    size = min(_CHUNK_TOKENS, num_rows)
+    size = min(max(1, _CHUNK_LOGITS // unembedding.shape[0]), num_rows)
     padding = -num_rows % size
     chunks = (
         jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, size, width),

@@ -94,25 +94,8 @@ def fine_tune(
         steps=settings.steps or _steps(batches, settings.epochs),
         dtype=str(dtype),
     )
-    _check_directory(directory, described, resume=resume)
+    check_directory(directory, described, resume=resume)
     _check_same(described)
-    with named_disk_errors(directory):
-        if distributed.is_first():
-            described.write(directory)
-        return _train(described, directory, batches, held_out, mesh, resume, tensorboard, report)
-
-
-def _train(
-    described: Description,
-    directory: Path,
-    batches: Batches,
-    held_out: Batches | None,
-    mesh: Mesh,
-    resume: bool,
-    tensorboard: bool,
-    report: Callable[[Metrics, int], object],
-) -> Result:
-    config, settings, checkpoint = described.config, described.settings, described.base
     made = program(
         config,
         training_mesh(mesh),
@@ -122,17 +105,48 @@ def _train(
         update=optimizer(settings, described.steps),
         balance=settings.balance,
     )
-    checkpoints = Checkpoints(directory, keep=settings.keep)
-    with contextlib.closing(checkpoints):
-        resumed = checkpoints.latest if resume else None
-        frozen = frozen_parameters(made, checkpoint) if settings.lora else {}
-        if resumed is not None:
-            state = checkpoints.restore(made)
-        else:
-            state = made.start(new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint))
-        loop = _Loop(described, made, frozen, batches, held_out, checkpoints, report)
-        with loop.writing(directory, resumed, tensorboard=tensorboard):
-            return loop.run(state)
+    return train(
+        described,
+        directory,
+        made,
+        batches,
+        frozen=lambda: frozen_parameters(made, checkpoint) if settings.lora else {},
+        initial=lambda: new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint),
+        held_out=held_out,
+        resume=resume,
+        tensorboard=tensorboard,
+        report=report,
+    )
+
+
+def train(
+    described: Description,
+    directory: Path,
+    made: Program,
+    batches: Batches,
+    *,
+    initial: Callable[[], dict[str, jax.Array]],
+    frozen: Callable[[], dict[str, jax.Array]] = dict,
+    held_out: Batches | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    report: Callable[[Metrics, int], object] = lambda metrics, steps: None,
+) -> Result:
+    """Run a program on batches from what `initial` gives, or with `resume` from the directory's newest checkpoint.
+
+    What `fine_tune` does once it knows what to train, the directory checked; `frozen` gives what is not trained. Raises
+    TrainingError as it does.
+    """
+    with named_disk_errors(directory):
+        if distributed.is_first():
+            described.write(directory)  # before anything else: a start that fails can be taken up again
+        with contextlib.closing(Checkpoints(directory, keep=described.settings.keep)) as checkpoints:
+            resumed = checkpoints.latest if resume else None
+            fixed = frozen()
+            state = made.start(initial()) if resumed is None else checkpoints.restore(made)
+            loop = _Loop(described, made, fixed, batches, held_out, checkpoints, report)
+            with loop.writing(directory, resumed, tensorboard=tensorboard):
+                return loop.run(state)
 
 
 class _Loop:
@@ -334,7 +348,8 @@ def _check_same(described: Description) -> None:
             )
 
 
-def _check_directory(directory: Path, described: Description, *, resume: bool) -> None:
+def check_directory(directory: Path, described: Description, *, resume: bool) -> None:
+    """Raise TrainingError unless a run can start in the directory, or with `resume` go on."""
     where = str(directory)
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         fix = "continue it with --resume, or name another directory" if is_run(directory) else "name a new directory"

@@ -14,8 +14,9 @@ from pallas_kernels.experts.reference import swiglu
 from pallas_kernels.experts.weights import DenseExperts, ExpertAdapters, ExpertWeights
 from pallas_kernels.mxfp4 import dequantize
 
-_MAX_TILE_ROWS = 512
-"""Rows of one expert multiplied at a time: enough to keep a GPU busy, while hidden activations are some megabytes."""
+_MAX_TILE_BYTES = 12 << 20
+"""Of one expert's hidden activations at a time, in float32: 512 rows of the published width, enough to keep a GPU busy;
+a narrow expert has more rows, and so fewer tiles to launch."""
 
 
 def trainable_experts(
@@ -69,7 +70,7 @@ def _experts(
     alpha: float,
     limit: float,
 ) -> Float[Array, "T D"]:
-    groups = _group(expert_ids, weights.num_experts)
+    groups = _group(expert_ids, weights)
 
     def one_expert(index: Int[Array, ""], answers: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
         expert, adapter = _one_expert(weights, adapters, index, x.dtype)
@@ -94,7 +95,7 @@ def _forward(*arguments):
 
 def _backward(alpha: float, limit: float, arguments, d_y: Float[Array, "T D"]):
     x, weights, expert_ids, routing, adapters = arguments
-    groups = _group(expert_ids, weights.num_experts)
+    groups = _group(expert_ids, weights)
     shares = routing.astype(jnp.float32).reshape(-1)
     dense = weights if isinstance(weights, DenseExperts) else None
 
@@ -195,10 +196,11 @@ class _Groups:
         return (rows[self.places] * shares[..., None]).sum(axis=1)
 
 
-def _group(expert_ids: Int[Array, "T A"], num_experts: int) -> _Groups:
-    num_pairs = expert_ids.size
+def _group(expert_ids: Int[Array, "T A"], weights: ExpertWeights | DenseExperts) -> _Groups:
+    num_pairs, num_experts = expert_ids.size, weights.num_experts
+    most = 1 << (_MAX_TILE_BYTES // (4 * weights.gate_up_bias.shape[1])).bit_length() - 1
     # Above the mean, so that most experts take one tile if there are tokens for so many.
-    tile_rows = min(_MAX_TILE_ROWS, max(8, 1 << (num_pairs // num_experts).bit_length()))
+    tile_rows = min(most, max(8, 1 << (num_pairs // num_experts).bit_length()))
     chosen = (expert_ids >= 0) & (expert_ids < num_experts)
     ids_M = jnp.where(chosen, expert_ids, num_experts).reshape(-1)
     order_M = jnp.argsort(ids_M)

@@ -217,11 +217,11 @@ def test_vocabulary_without_the_conversations_tokens_is_refused(chats, tmp_path)
 def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeypatch, epochs, steps):
     described = []
 
-    def no_run(run, *_):
+    def no_run(run, *_, **__):
         described.append(run)
         return Result(run.steps, 0.0, None)
 
-    monkeypatch.setattr("gptoss_jax.finetune.trainer._train", no_run)
+    monkeypatch.setattr("gptoss_jax.finetune.trainer.train", no_run)
     settings = dataclasses.replace(SETTINGS, steps=None, epochs=epochs)
     fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
     assert described[0].steps == steps

@@ -1,6 +1,7 @@
 """Oracle: logits of transformers' GptOssForCausalLM in float32, from a checkpoint in the Hugging Face layout.
 
-    python oracle_transformers.py CHECKPOINT PROMPTS.npz OUT.npz [--greedy N] [--without PART=NAME ...] [--adapter DIR]
+    python oracle_transformers.py CHECKPOINT PROMPTS.npz OUT.npz [--greedy N [--only-greedy]]
+        [--without PART=NAME ...] [--adapter DIR]
 
 Runs in the environment of make_environment.sh and imports nothing of this repository. tests/parity/recipes.py says
 what PROMPTS.npz and OUT.npz hold.
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="PART=NAME", help="also run the prompt NAME with PART broken"
     )
+    parser.add_argument("--only-greedy", action="store_true", help="leave out what has logits of every position")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="load a PEFT adapter onto the model")
     options = parser.parse_args()
 
@@ -153,14 +155,16 @@ def main() -> None:
             PeftModel.from_pretrained(model, options.adapter)  # changes the model itself
         for name in names:
             tokens, lengths = prompts[f"{name}.tokens"], prompts[f"{name}.lengths"]
+            if options.greedy:
+                out[f"{name}.greedy"] = greedy(model, tokens, lengths, num_tokens=options.greedy)
+            if options.only_greedy:
+                continue
             out[f"{name}.logits"] = alone(model, tokens, lengths)
             if len(tokens) == 1:
                 out[f"{name}.residuals"] = residuals(model, tokens)
             else:
                 for side in ("left", "right"):
                     out[f"{name}.padded_{side}"] = padded(model, tokens, lengths, side=side)
-            if options.greedy:
-                out[f"{name}.greedy"] = greedy(model, tokens, lengths, num_tokens=options.greedy)
             print(f"transformers: {name}: {tokens.shape}", flush=True)
         for part, name in (each.split("=") for each in options.without):
             broken = load(options.checkpoint)
