@@ -35,7 +35,7 @@ from gptoss_jax.finetune.batches import Batch, Batches
 from gptoss_jax.finetune.data import Example, read_examples
 from gptoss_jax.finetune.metrics import line
 from gptoss_jax.finetune.optimizer import optimizer
-from gptoss_jax.finetune.placement import check_directory, training_mesh
+from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.runs import METRICS, Description, is_run, open_run
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import program
