@@ -46,7 +46,7 @@ CORPUS = "corpus.npz"
 RUN = "run"
 SETTINGS = FineTuning(
     method="qat", steps=5000, batch_size=32, sequence_length=1024, learning_rate=2e-3, warmup_steps=200,
-    weight_decay=0.1, balance=0.01, save_every=500, keep=1,
+    weight_decay=0.1, balance=0.01, save_every=500, keep=2,
 )  # fmt: skip
 """32,768 tokens an update."""
 
