@@ -1,4 +1,4 @@
-"""The commands `convert`, `inspect` and `verify`: their arguments, and what they run.
+"""The commands `convert`, `inspect`, `verify` and `export`: their arguments, and what they run.
 
 gptoss_jax/cli.py hangs them into `gptoss-jax`; `python -m convert` is `gptoss-jax convert`. JAX and Orbax are imported
 inside the run functions, so that --help is instant.
@@ -6,6 +6,7 @@ inside the run functions, so that --help is instant.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +79,49 @@ def run_verify(options: argparse.Namespace) -> int:
         f"{options.checkpoint}: {verified.num_arrays} parameters, {verified.num_bytes:,} bytes equal {verified.against}"
     )
     return 0
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a converted checkpoint, or a fine-tuned one, as safetensors in a published layout."
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a converted directory or a fine-tuning run")
+    parser.add_argument("destination", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument("--layout", choices=("hf", "original"), default="hf", help="Hugging Face's, or original/")
+    parser.add_argument("--dtype", choices=("mxfp4", "bf16"), default="mxfp4", help="of the experts' matrices")
+    parser.add_argument("--peft", action="store_true", help="write a run's LoRA alone, as a PEFT adapter")
+    parser.add_argument("--base", type=Path, help="the checkpoint a run started from, if it is not where it was")
+    parser.add_argument("--step", type=int, help="which of a run's checkpoints (default: the last)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    parser.add_argument(
+        "--max-shard-size", type=_num_bytes, default="5GB", metavar="SIZE", help="of a file: 5GB (the default), 500MB"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from convert.export import export
+
+    exported = export(
+        options.checkpoint,
+        options.destination,
+        layout=options.layout,
+        dtype=options.dtype,
+        peft=options.peft,
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_size,
+        base=options.base,
+        step=options.step,
+        progress=sys.stderr,
+    )
+    _say(json.dumps(exported.to_json(), indent=2) if options.json else str(exported))
+    return 0
+
+
+def _num_bytes(text: str) -> int:
+    """A size as Hugging Face's programs take it."""
+    match = re.fullmatch(r"([1-9]\d*)(MB|GB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
+    return int(match[1]) * {"MB": 10**6, "GB": 10**9}[match[2]]
 
 
 def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:

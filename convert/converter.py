@@ -4,21 +4,19 @@ Everything is written into DESTINATION.partial and renamed at the very end, so a
 for a complete one, and can be continued parameter by parameter.
 """
 
-import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+from convert.destination import check_destination, check_space, named_disk_errors, rename, replaced_directory
 from convert.journal import Journal, identify, read_done
 from convert.layouts import SourceTensor
 from convert.orbax_tree import commit
-from convert.progress import Progress, Stream, format_bytes
+from convert.progress import Progress, Stream
 from convert.slices import parameter_slices
 from convert.source import Source, open_source
 from convert.zarr import UNREADABLE, ArrayWriter, read_chunk_rows, row_major_bytes
@@ -30,13 +28,12 @@ from gptoss_jax.manifest import (
     Manifest,
     chunk_shape,
     is_converted,
-    is_partial,
     partial_directory,
 )
 from gptoss_jax.parameters import Parameter, parameters
 
 _ARRAYS = "arrays"
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_AGAIN = "run again with --resume"
 
 
 def convert(
@@ -58,9 +55,9 @@ def convert(
     _check_destination(destination, partial, resume=resume, overwrite=overwrite)
     opened = open_source(source)
     _check_quantize(opened, quantize)
-    with _named_disk_errors(partial):
+    with named_disk_errors(partial, again=_AGAIN):
         journal = _start(partial, opened, quantize=quantize, resume=resume, stream=progress)
-        _check_space(opened, partial, journal)
+        check_space(_num_bytes_left(opened, journal), partial, again=_AGAIN)
         _write_arrays(opened, partial, journal, progress)
         manifest = Manifest(
             converter=f"gptoss-jax {importlib.metadata.version('gptoss-jax')}",
@@ -70,30 +67,18 @@ def convert(
             sha256={path: journal.done[path] for path in parameters(opened.config)},
         )
         _complete(partial, opened, manifest)
-        _rename(partial, destination)
+        rename(partial, destination)
         journal.remove_from(destination)
     return manifest
 
 
 def _check_destination(destination: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    where = str(destination)
-    if is_partial(destination):
-        raise ConversionError("the name of an interrupted conversion", where=where, fix="name another directory")
-    if destination.exists() and not overwrite:
-        raise ConversionError(
-            "the destination exists", where=where, fix="name another directory, or replace it with --overwrite"
-        )
-    if destination.exists() and not is_converted(destination):
-        raise ConversionError(
-            "the destination is no converted checkpoint, so it is not overwritten",
-            where=where,
-            fix="name another directory, or remove it yourself",
-        )
+    check_destination(destination, overwrite=overwrite, is_ours=is_converted, kind="converted checkpoint")
     if partial.exists() and not _is_ours(partial):
         raise ConversionError(
             "no interrupted conversion, so it is not removed", where=str(partial), fix="move it out of the way"
         )
-    replaced = _replaced_directory(destination)
+    replaced = replaced_directory(destination)
     if replaced.exists() and not ((resume or overwrite) and is_converted(replaced)):
         raise ConversionError(
             "in the way of replacing checkpoints", where=str(replaced), fix="move it out of the way, or remove it"
@@ -159,16 +144,8 @@ def _take_back(partial: Path) -> None:
     (partial / MANIFEST).unlink(missing_ok=True)
 
 
-def _check_space(source: Source, partial: Path, journal: Journal) -> None:
-    sizes = {path: parameter.num_bytes for path, parameter in parameters(source.config).items()}
-    needed = sum(size for path, size in sizes.items() if path not in journal.done)
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise ConversionError(
-            f"{format_bytes(needed)} to write, {format_bytes(free)} free",
-            where=str(partial),
-            fix="free the disk and run again with --resume",
-        )
+def _num_bytes_left(source: Source, journal: Journal) -> int:
+    return sum(p.num_bytes for path, p in parameters(source.config).items() if path not in journal.done)
 
 
 def _write_arrays(source: Source, partial: Path, journal: Journal, stream: Stream | None) -> None:
@@ -217,23 +194,6 @@ def _complete(partial: Path, source: Source, manifest: Manifest) -> None:
     os.sync()
 
 
-def _rename(partial: Path, destination: Path) -> None:
-    """Put the new checkpoint in its place; what may be removed has been checked at the start."""
-    replaced = _replaced_directory(destination)
-    if destination.exists():
-        if replaced.exists():  # left by a crash after the last renaming
-            shutil.rmtree(replaced)
-        destination.rename(replaced)
-    partial.rename(destination)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def _replaced_directory(destination: Path) -> Path:
-    """Where the checkpoint that is being replaced lies for a moment."""
-    return destination.with_name(destination.name + ".replaced")
-
-
 def _is_whole(folder: Path, parameter: Parameter, checksum: str, progress: Progress) -> bool:
     """Whether a stored parameter is all there, whatever the crash did to the disk's caches."""
     digest = hashlib.sha256()
@@ -244,19 +204,3 @@ def _is_whole(folder: Path, parameter: Parameter, checksum: str, progress: Progr
     except UNREADABLE:
         return False
     return digest.hexdigest() == checksum
-
-
-@contextlib.contextmanager
-def _named_disk_errors(partial: Path) -> Iterator[None]:
-    """Turn what the system says about files into a ConversionError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # not from the system: a bug
-            raise
-        is_full = error.errno in _DISK_FULL
-        raise ConversionError(
-            f"disk full ({error.strerror})" if is_full else f"cannot go on ({error.strerror})",
-            where=str(partial if is_full else error.filename or partial),
-            fix="free the disk and run again with --resume" if is_full else "put that right and run with --resume",
-        ) from error

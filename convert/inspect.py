@@ -14,6 +14,7 @@ import jax
 
 from convert.progress import format_bytes
 from convert.source import HUB_PREFIX, open_source
+from convert.table import table
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.generation.generate import PREFILL_TOKENS
@@ -118,7 +119,7 @@ class Report:
             [group.name, f"{group.num_arrays}", f"{group.num_parameters:,}", f"{group.num_bytes:,}"]
             for group in self.groups
         ]
-        return _table(["group", "arrays", "parameters", "bytes"], rows)
+        return table(["group", "arrays", "parameters", "bytes"], rows)
 
     def _fit_table(self) -> list[str]:
         rows = []
@@ -128,7 +129,7 @@ class Report:
         header = ["one device", *(f"sequences of {context:,}" for context in self.cache_bytes)]
         more = max(size - self.cache_bytes[context] for context, size in self.hopper_cache_bytes.items())
         return [
-            *_table(header, rows),
+            *table(header, rows),
             f"  ({_FREE_SHARE:.0%} of the memory left to activations; bfloat16 cache; prompts read {self.cache_chunk} "
             f"tokens at a time, or {self.hopper_cache_chunk} over all",
             f"  sequences on a Hopper GPU, which takes up to {format_bytes(more)} more in all)",
@@ -204,12 +205,3 @@ def _groups(tree: list[Parameter]) -> tuple[Group, ...]:
 
 def _sizes(by_length: dict[int, int]) -> str:
     return ", ".join(f"{format_bytes(size)} for {length:,} tokens" for length, size in by_length.items())
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = []
-    for first, *rest in [header, *rows]:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells))
-    return lines

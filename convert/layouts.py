@@ -9,10 +9,10 @@ the layouts apart, never file names. No file is opened here.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+from convert.safetensors_writer import Tensor
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
 from gptoss_jax.parameters import Parameter, parameters
@@ -82,13 +82,9 @@ _TABLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceTensor:
+class SourceTensor(Tensor):
     """One tensor a layout must contain."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: Literal["BF16", "U8"]
-    """As safetensors spells it; FP4 codes and E8M0 scales are both U8."""
     holds: tuple[Parameter, ...]
     """Its parameters, one after the other along the rows; for a dequantized matrix, its blocks and scales."""
 
@@ -96,10 +92,6 @@ class SourceTensor:
     def is_dequantized(self) -> bool:
         """Whether it is an expert matrix written out in bfloat16, [E, in, out]."""
         return self.dtype == "BF16" and self.holds[0].dtype == "uint8"
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "BF16" else 1)
 
 
 def source_tensors(config: ModelConfig, layout: LayoutName) -> dict[str, SourceTensor]:

@@ -18,7 +18,7 @@ from gptoss_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
-_ITEM_BYTES = {
+ITEM_BYTES = {
     "BF16": 2,
     "F16": 2,
     "F32": 4,
@@ -172,6 +172,6 @@ def _stored_tensor(name: str, entry: dict[str, Any], path: Path, data_start: int
     start, stop = (int(offset) for offset in entry["data_offsets"])
     dtype = str(entry["dtype"])
     shape = tuple(int(size) for size in entry["shape"])
-    if start < 0 or (dtype in _ITEM_BYTES and math.prod(shape) * _ITEM_BYTES[dtype] != stop - start):
+    if start < 0 or (dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != stop - start):
         raise ValueError(f"{name}: {stop - start} bytes at {start} for {dtype} {list(shape)}")
     return StoredTensor(name, dtype, shape, path, data_start + start, stop - start)

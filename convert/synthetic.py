@@ -8,17 +8,20 @@ time, so a 120b takes no more memory than a tiny one.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
+from convert.expert_matrices import dequantized, in_out
 from convert.layouts import LayoutName, SourceTensor, source_tensors
+from convert.published import shard_names, write_configs
+from convert.safetensors_writer import write_shards
 from gptoss_jax.config import MX_BLOCK, ModelConfig, gpt_oss_20b, gpt_oss_120b
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.parameters import Parameter
@@ -28,8 +31,7 @@ SyntheticLayout = Literal["hf", "original", "bf16"]
 
 _LAYOUTS: dict[str, LayoutName] = {"hf": "hugging_face", "original": "original", "bf16": "bf16"}
 _CHUNK_VALUES = 1 << 22
-_FP4_VALUES = np.array(CODE_VALUES, np.float32)
-_FP4_RMS = float(np.sqrt(np.mean(_FP4_VALUES**2)))
+_FP4_RMS = float(np.sqrt(np.mean(np.square(CODE_VALUES))))
 
 
 def write_checkpoint(
@@ -39,52 +41,9 @@ def write_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = source_tensors(config, _LAYOUTS[layout])
     shards = _split(list(tensors.values()), num_shards)
-    file_names = _file_names(layout, num_shards)
-    for file_name, shard in zip(file_names, shards, strict=True):
-        _write_safetensors(directory / file_name, shard, seed)
-    if num_shards > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())},
-            "weight_map": {t.name: name for name, shard in zip(file_names, shards, strict=True) for t in shard},
-        }
-        _write_json(directory / "model.safetensors.index.json", index)
-    if layout == "original":
-        _write_json(directory / "config.json", original_config(config))
-        _write_json(directory / "dtypes.json", {name: _published_dtype(tensor) for name, tensor in tensors.items()})
-    else:
-        published = config.to_json()
-        if layout == "bf16":
-            del published["quantization_config"]
-        _write_json(directory / "config.json", published)
-
-
-def original_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of the `original/` folder; refuses an architecture it has no words for."""
-    published = {
-        "num_hidden_layers": config.num_layers,
-        "num_experts": config.num_experts,
-        "experts_per_token": config.experts_per_token,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "swiglu_limit": config.swiglu_limit,
-        "head_dim": config.head_dim,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "sliding_window": config.sliding_window,
-        "initial_context_length": config.original_context,
-        "rope_theta": config.rope_theta,
-        "rope_scaling_factor": config.rope_factor,
-        "rope_ntk_alpha": config.rope_beta_slow,
-        "rope_ntk_beta": config.rope_beta_fast,
-    }
-    if ModelConfig.from_json(published) != config:
-        raise ConversionError(
-            "the original/ config.json cannot express this architecture",
-            where="layer kinds, rms_norm_eps, swiglu_alpha or max_context",
-            fix="write the Hugging Face layout",
-        )
-    return published
+    names = shard_names(_LAYOUTS[layout], num_shards, first=1 if layout == "original" else 0)
+    write_shards(directory, dict(zip(names, shards, strict=True)), functools.partial(_tensor_chunks, seed=seed))
+    write_configs(directory, config, _LAYOUTS[layout])
 
 
 def parameter_chunks(parameter: Parameter, seed: int) -> Iterator[np.ndarray]:
@@ -132,27 +91,7 @@ def _tensor_chunks(tensor: SourceTensor, seed: int) -> Iterator[np.ndarray]:
         return
     blocks, scales = (parameter_chunks(parameter, seed) for parameter in tensor.holds)
     for expert_blocks, expert_scales in zip(blocks, scales, strict=True):
-        codes = np.stack([expert_blocks & 15, expert_blocks >> 4], axis=-1)  # the low nibble comes first
-        values = _FP4_VALUES[codes.reshape(*expert_scales.shape, MX_BLOCK)]
-        values = np.ldexp(values, expert_scales[..., None].astype(np.int32) - 127)
-        matrix = values.reshape(1, expert_scales.shape[1], -1).astype(ml_dtypes.bfloat16)
-        yield np.ascontiguousarray(matrix.swapaxes(1, 2))
-
-
-def _write_safetensors(path: Path, tensors: Sequence[SourceTensor], seed: int) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.num_bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            for chunk in _tensor_chunks(tensor, seed):
-                file.write(chunk.reshape(-1).view(np.uint8).data)
+        yield in_out(dequantized(expert_blocks, expert_scales))
 
 
 def _split(tensors: Sequence[SourceTensor], num_shards: int) -> list[list[SourceTensor]]:
@@ -174,23 +113,6 @@ def _split(tensors: Sequence[SourceTensor], num_shards: int) -> list[list[Source
         shards[-1].append(tensor)
         written += tensor.num_bytes
     return shards
-
-
-def _file_names(layout: SyntheticLayout, num_shards: int) -> list[str]:
-    """As published: the root folder counts from 0 up to the number it names, `original/` from 1."""
-    if num_shards == 1:
-        return ["model.safetensors"]
-    if layout == "original":
-        return [f"model--{k:05}-of-{num_shards:05}.safetensors" for k in range(1, num_shards + 1)]
-    return [f"model-{k:05}-of-{num_shards - 1:05}.safetensors" for k in range(num_shards)]
-
-
-def _published_dtype(tensor: SourceTensor) -> str:
-    return {"blocks": "FP4", "scales": "UE8"}.get(tensor.holds[0].leaf, "BF16")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _small(vocab_size: int = 201088) -> ModelConfig:

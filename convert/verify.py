@@ -14,7 +14,7 @@ from convert.source import Source, open_source
 from convert.zarr import UNREADABLE, numpy_dtype, open_array, read_chunk_rows, read_rows, row_major_bytes
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.manifest import CONFIG, PARAMETERS, Manifest, read_manifest
+from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 
 
@@ -41,7 +41,8 @@ def verify(directory: Path, source: str | Path | None = None, *, progress: Strea
     if source is None:
         with Progress("verified", total, progress) as shown:
             for parameter in tree.values():
-                _compare_with_checksum(directory, parameter, manifest, shown)
+                for rows in checked_rows(directory, parameter, manifest.sha256[parameter.path]):
+                    shown.add(rows.nbytes)
         against = "the checksums of its manifest"
     else:
         opened = open_source(source)
@@ -57,22 +58,26 @@ def verify(directory: Path, source: str | Path | None = None, *, progress: Strea
     return Verified(against, len(tree), total)
 
 
+def checked_rows(directory: Path, parameter: Parameter, checksum: str) -> Iterator[np.ndarray]:
+    """A parameter of a converted checkpoint from its first row to its last, in the runs it was written in.
+
+    Raises CheckpointError for one that cannot be read and, after the last row, for one that differs from its checksum.
+    """
+    digest = hashlib.sha256()
+    with _named(directory, parameter):
+        for rows in read_chunk_rows(_folder(directory, parameter), parameter):
+            digest.update(row_major_bytes(rows))
+            yield rows
+    if digest.hexdigest() != checksum:
+        raise _differs(directory, parameter, "differs from its checksum")
+
+
 def _check_array(directory: Path, parameter: Parameter) -> None:
     with _named(directory, parameter):
         array = open_array(_folder(directory, parameter))
     shape, dtype = tuple(array.shape), array.dtype.numpy_dtype
     if shape != parameter.shape or dtype != numpy_dtype(parameter):
         raise _differs(directory, parameter, f"is {dtype} {list(shape)}, not {parameter.dtype} {list(parameter.shape)}")
-
-
-def _compare_with_checksum(directory: Path, parameter: Parameter, manifest: Manifest, shown: Progress) -> None:
-    digest = hashlib.sha256()
-    with _named(directory, parameter):
-        for rows in read_chunk_rows(_folder(directory, parameter), parameter):
-            digest.update(row_major_bytes(rows))
-            shown.add(rows.nbytes)
-    if digest.hexdigest() != manifest.sha256[parameter.path]:
-        raise _differs(directory, parameter, "differs from its checksum")
 
 
 def _compare_with_source(directory: Path, source: Source, shown: Progress) -> None:

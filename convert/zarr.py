@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -53,10 +54,8 @@ class ArrayWriter:
         for place in itertools.product(*(range(count) for count in counts)):
             window = tuple(slice(i * chunk, (i + 1) * chunk) for i, chunk in zip(place, column_chunks, strict=True))
             name = ".".join(str(index) for index in (self._next_chunk, *place))
-            content = row_major_bytes(rows[(slice(None), *window)])
             with (self.directory / name).open("wb") as file:
-                for start in range(0, len(content), _WRITE_BYTES):
-                    file.write(content[start : start + _WRITE_BYTES])
+                write_rows(file, rows[(slice(None), *window)])
         self._next_chunk += 1
 
 
@@ -81,6 +80,13 @@ def read_chunk_rows(directory: Path, parameter: Parameter) -> Iterator[np.ndarra
     num_rows = chunk_shape(parameter)[0]
     for start in range(0, parameter.shape[0], num_rows):
         yield read_rows(array, start, start + num_rows)
+
+
+def write_rows(file: BinaryIO, rows: np.ndarray) -> None:
+    """Write the bytes of `rows`, in pieces that the system takes without much ado."""
+    content = row_major_bytes(rows)
+    for start in range(0, len(content), _WRITE_BYTES):
+        file.write(content[start : start + _WRITE_BYTES])
 
 
 def row_major_bytes(rows: np.ndarray) -> memoryview:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from gptoss_jax.chat import Chat
     from gptoss_jax.checkpoint import load
     from gptoss_jax.config import ModelConfig, gpt_oss_20b, gpt_oss_120b
+    from gptoss_jax.finetune.settings import FineTuning
+    from gptoss_jax.finetune.trainer import fine_tune
     from gptoss_jax.generation.follow import dismiss, follow
     from gptoss_jax.generation.generate import Completion, Token, generate, stream
     from gptoss_jax.generation.sampling import Sampling, SamplingRows
@@ -23,6 +25,7 @@ _HOMES = {
     "Cache": "model.cache",
     "Chat": "chat",
     "Completion": "generation.generate",
+    "FineTuning": "finetune.settings",
     "ModelConfig": "config",
     "Sampling": "generation.sampling",
     "SamplingRows": "generation.sampling",
@@ -31,6 +34,7 @@ _HOMES = {
     "build": "model.transformer",
     "decode": "generation.steps",
     "dismiss": "generation.follow",
+    "fine_tune": "finetune.trainer",
     "follow": "generation.follow",
     "generate": "generation.generate",
     "gpt_oss_20b": "config",
@@ -46,6 +50,7 @@ __all__ = [
     "Cache",
     "Chat",
     "Completion",
+    "FineTuning",
     "ModelConfig",
     "Sampling",
     "SamplingRows",
@@ -54,6 +59,7 @@ __all__ = [
     "build",
     "decode",
     "dismiss",
+    "fine_tune",
     "follow",
     "generate",
     "gpt_oss_20b",

@@ -1,7 +1,7 @@
 """The command `gptoss-jax`: its arguments, and what each command runs.
 
-Whatever is heavy (JAX, NumPy, harmony) is imported inside the commands, so that --help is instant. `convert`, `inspect`
-and `verify` are convert/cli.py's, which also turns a bad input into one line and exit code 2.
+Whatever is heavy (JAX, NumPy, harmony) is imported inside the commands, so that --help is instant. `convert`,
+`inspect`, `verify` and `export` are convert/cli.py's, which also turns a bad input into one line and exit code 2.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from typing import Any
 from convert.cli import (
     Parser,
     add_convert_arguments,
+    add_export_arguments,
     add_inspect_arguments,
     add_verify_arguments,
     run_convert,
+    run_export,
     run_guarded,
     run_inspect,
     run_verify,
@@ -37,6 +39,8 @@ from gptoss_jax.cli_arguments import (
 )
 from gptoss_jax.cli_processes import run_together
 from gptoss_jax.errors import CheckpointError, PromptError, ShardingError
+from gptoss_jax.finetune.command import add_arguments as add_finetune_arguments
+from gptoss_jax.finetune.command import run as run_finetune
 from gptoss_jax.plan.command import add_arguments as add_plan_arguments
 from gptoss_jax.plan.command import run as run_plan
 
@@ -68,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         ("convert", "published safetensors to a sharded Orbax checkpoint", add_convert_arguments, run_convert),
         ("inspect", "describe a checkpoint, published or converted", add_inspect_arguments, run_inspect),
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
+        ("export", "a converted or fine-tuned checkpoint to safetensors", add_export_arguments, run_export),
         ("generate", "answer one prompt", _add_generate_arguments, _run_generate),
         ("chat", "talk, line by line", _add_chat_arguments, _run_chat),
+        ("finetune", "train adapters or all weights on conversations", add_finetune_arguments, _run_finetune),
         ("bench", "measure decoding and prefilling against this machine's ceilings", add_bench_arguments, _run_bench),
         ("plan", "what a model would take on devices that need not be there", add_plan_arguments, run_plan),
     ):
@@ -318,6 +324,10 @@ def _chat(options: argparse.Namespace) -> int:
     chat_terminal.run(chat, json_lines=options.json)
     dismiss()
     return 0
+
+
+def _run_finetune(options: argparse.Namespace) -> int:
+    return run_together(run_finetune, options)
 
 
 def _run_bench(options: argparse.Namespace) -> int:

@@ -54,6 +54,10 @@ class ConversationError(GptOssError):
     """A conversation that cannot be written in the harmony format."""
 
 
+class DataError(GptOssError):
+    """Conversations to train on that cannot be read, or that leave nothing to train on."""
+
+
 class BenchError(GptOssError):
     """A measurement that cannot be made, or whose result means nothing."""
 
@@ -64,3 +68,7 @@ class PlanError(GptOssError):
 
 class DoesNotFit(BenchError):
     """A measurement that needs more memory than the device has left."""
+
+
+class TrainingError(GptOssError):
+    """A fine-tuning that cannot start, go on, or be taken up again."""

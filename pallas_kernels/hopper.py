@@ -91,9 +91,12 @@ def codes(word: Value) -> list[Value]:
 
 def unpack(word: Value, scale: Value) -> list[Value]:
     """`codes` times a pair of equal scales, which make up for the 2**-126."""
-    return [
-        assembly([i32()], [code, scale], "mul.bf16x2 $0, $1, $2;", "=r,r,r", effect=False)[0] for code in codes(word)
-    ]
+    return [scaled(code, scale) for code in codes(word)]
+
+
+def scaled(pair: Value, scales: Value) -> Value:
+    """Two bfloat16 times two others."""
+    return assembly([i32()], [pair, scales], "mul.bf16x2 $0, $1, $2;", "=r,r,r", effect=False)[0]
 
 
 def mma(accumulator: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:

@@ -5,6 +5,7 @@ block holds value 2b in its low and value 2b + 1 in its high nibble.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -131,6 +132,29 @@ def quantize(values: Float[Array, "*rows K"]) -> MXFP4:
     )
     code = jnp.minimum(code, 7).astype(jnp.uint8) | (jnp.signbit(scaled).astype(jnp.uint8) << 3)
     return MXFP4(pack(code.reshape(values.shape)), scales.astype(jnp.uint8))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def straight_through(values: Float[Array, "*rows K"], dtype: Any = jnp.float32) -> Float[Array, "*rows K"]:
+    """The values as they would be once quantized; the gradient passes as if they were not (arXiv 1308.3432).
+
+    Example:
+        >>> values = jnp.linspace(0.1, 6.0, 32)
+        >>> straight_through(values)[-3:].tolist(), jax.grad(lambda v: straight_through(v)[5])(values)[4:7].tolist()
+        ([6.0, 6.0, 6.0], [0.0, 1.0, 0.0])
+    """
+    return dequantize(quantize(values), dtype)
+
+
+def _straight_through_forward(values: Array, dtype: Any) -> tuple[Array, Array]:
+    return straight_through(values, dtype), jnp.zeros_like(values, shape=())
+
+
+def _straight_through_backward(dtype: Any, like: Array, gradient: Array) -> tuple[Array]:
+    return (gradient.astype(like.dtype),)
+
+
+straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
 def refuse_invalid_scales(scales: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 They are made before JAX starts, so this file sets the environment rather than a fixture.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from convert.converter import convert
+from convert.synthetic import MODELS, write_checkpoint
 from gptoss_jax.model.transformer import Transformer
 from tests.tiny import random_model
 
@@ -37,7 +40,8 @@ def tiny_model() -> Transformer:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted demo checkpoint: random weights, the real vocabulary."""
-    from gptoss_jax.demo import make_checkpoint  # here, since a machine for `-m gpu` may lack the vocabulary's packages
-
-    return make_checkpoint(tmp_path_factory.mktemp("demo"))
+    """A converted checkpoint of random weights and the real vocabulary, beside the published one it is made of."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_checkpoint(folder / "published", MODELS["tiny"](), seed=4)
+    convert(folder / "published", folder / "converted", progress=io.StringIO())
+    return folder / "converted"

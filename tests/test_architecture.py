@@ -26,6 +26,8 @@ FLOORS = {
     "gptoss_jax.chat": 4,
     "gptoss_jax.chat_events": 4,
     "gptoss_jax.chat_terminal": 4,
+    "gptoss_jax.finetune": 4,
+    "gptoss_jax.finetune.command": 5,
     "convert": 4,
     "gptoss_jax.demo": 5,
     "gptoss_jax.bench": 5,

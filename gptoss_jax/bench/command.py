@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptoss_jax.model.transformer import Transformer
 
 _MODELS = ("20b", "120b", "tiny")
+_METHODS = ("lora", "full", "qat")
 _GB = 10**9
 
 
@@ -43,6 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", action="store_true", help="also what each stage costs: every row without it")
     parser.add_argument("--collectives", action="store_true", help="also what the sums over devices cost a step")
     parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
+    training = parser.add_argument_group(
+        "training", "With --train, updates of a fine-tuning with random weights instead (docs/finetuning.md)."
+    )
+    training.add_argument("--train", choices=_METHODS, metavar="METHOD", help=f"one of {', '.join(_METHODS)}")
+    training.add_argument("--sequence", type=_numbers, default=(2048,), metavar="N,...", help="tokens a row")
+    training.add_argument("--rows", type=int, default=1, metavar="N", help="rows an update")
+    training.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters")
+    training.add_argument("--targets", default="attention", metavar="NAMES", help="what has adapters")
+    training.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adafactor, lion or sgd")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
     add_mesh_argument(parser)
@@ -67,6 +77,9 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot.check(options.plot)
     limit = None if options.memory_limit_gb is None else memory.hold(options.memory_limit_gb * _GB)
+
+    if options.train is not None:
+        return _train(options, limit)
 
     from gptoss_jax.bench import split
     from gptoss_jax.bench.kernels import TOKEN_COUNTS
@@ -128,6 +141,50 @@ def run(options: argparse.Namespace) -> int:
         table.line(f"memory, GB: {', '.join(sizes)}")
     if options.plot is not None and rows and is_first():
         plot.draw(options.plot, rows, together, title=f"gpt-oss {name}, {report['device']}")
+    return 0
+
+
+def _train(options: argparse.Namespace, limit: dict[str, int] | None) -> int:
+    """Measure updates, a row for each length."""
+    from gptoss_jax.bench import memory
+    from gptoss_jax.bench.report import Table, surroundings, write
+    from gptoss_jax.bench.roofline import Ceilings
+    from gptoss_jax.bench.timing import ceilings
+    from gptoss_jax.bench.training import Trainer
+    from gptoss_jax.compilation import enable_cache
+    from gptoss_jax.distributed import is_first
+    from gptoss_jax.finetune.settings import FineTuning
+    from gptoss_jax.sharding import make_mesh
+
+    if options.checkpoint is not None:
+        raise BenchError("a checkpoint and --train", where="--train", fix="name a --model: the weights are random")
+    name, config = _config(options)
+    enable_cache()
+    settings = FineTuning(
+        method=options.train,
+        rank=options.rank,
+        targets=tuple(options.targets.split(",")),
+        optimizer=options.optimizer,
+        batch_size=options.rows,
+    )
+    report = surroundings(_command_line(sys.argv[1:]))
+    rates = ceilings()
+    mesh = mesh_of(options) or make_mesh()
+    report |= {"ceilings": dataclasses.asdict(rates), "mesh": dict(mesh.shape)}
+    together = Ceilings(mesh.size * rates.read_bytes_per_s, mesh.size * rates.dense_flops_per_s)
+    table, rows = Table(), []
+    table.line(_head(report))
+    trainer = Trainer(config, name, settings, mesh)
+    for length in options.sequence:
+        rows.append(trainer.row(sequence_length=length, ceilings=together))
+        table.line(str(rows[-1]))
+        if limit is not None:
+            report["memory"] = memory.held(limit)
+            table.line(
+                f"memory, GB: {', '.join(f'{key} {value / _GB:.2f}' for key, value in report['memory'].items())}"
+            )
+        if options.json is not None and is_first():
+            write(options.json, report, rows)
     return 0
 
 

@@ -158,13 +158,13 @@ def surroundings(command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "driver": nvidia_smi("driver_version"),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"python": platform.python_version()}
         | {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
 
 
-def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(path: Path, report: dict[str, Any], rows: Sequence[Any]) -> None:
     """Write the object of --json."""
     content = report | {"rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -188,7 +188,8 @@ def nvidia_smi(query: str) -> str | None:
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of the sources that run, or None where there is no telling."""
     if named := os.environ.get(_COMMIT_VARIABLE):
         return named
     folder = Path(__file__).parent

@@ -100,6 +100,26 @@ def prefill_work(config: ModelConfig, *, num_tokens: int, num_rows: int = 1, wit
     return weights + _attention(config, num_rows=num_rows, held=0, num_new=num_tokens)
 
 
+def training_flops(config: ModelConfig, *, num_tokens: int, num_rows: int, adapter_values: int | None) -> Number:
+    """One update by `num_rows` rows of `num_tokens`: what the model asks for, nothing computed twice.
+
+    Forward, the gradients of all activations, and the gradients of all weights or, if `adapter_values` is not None, of
+    so many values of adapters on frozen weights. An expert's adapter counts for the tokens that choose it.
+
+    Example:
+        >>> from gptoss_jax.config import gpt_oss_20b
+        >>> flops = training_flops(gpt_oss_20b(), num_tokens=2048, num_rows=1, adapter_values=None)
+        >>> round(flops / 1e12, 1)
+        45.7
+    """
+    tokens = num_tokens * num_rows
+    forward = _weights(config, num_tokens=tokens, num_logits=tokens, without=()).flops
+    attention = _attention(config, num_rows=num_rows, held=0, num_new=num_tokens).flops
+    if adapter_values is None:
+        return 3 * (forward + attention)
+    return 2 * forward + 3 * attention + 3 * _PER_PRODUCT * tokens * adapter_values
+
+
 def experts_work(
     config: ModelConfig, part: Literal["gate_up", "down"], *, num_tokens: int, num_touched: Number
 ) -> Work:

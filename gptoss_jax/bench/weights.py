@@ -6,7 +6,7 @@ uniform, block scales 2**-8 or 2**-7, router bias 0 so that tokens spread over t
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -35,12 +35,16 @@ def random_model(
         >>> model = random_model(gpt_oss_120b())  # doctest: +SKIP
     """
     model = abstract(config, mesh=mesh, dtype=dtype, impl=impl)
+    return prepare(fill(model, random_arrays(leaves(model), seed=seed)))
+
+
+def random_arrays(leaves: Mapping[str, jax.ShapeDtypeStruct], *, seed: int = 0) -> dict[str, Array]:
+    """An array for each path of a checkpoint, or of masters, as its leaf says, drawn where it stays."""
     key = jax.random.key(seed)
-    arrays = {
+    return {
         path: _drawing(_recipe(path), leaf.shape, leaf.dtype, leaf.sharding)(jax.random.fold_in(key, index))
-        for index, (path, leaf) in enumerate(leaves(model).items())
+        for index, (path, leaf) in enumerate(leaves.items())
     }
-    return prepare(fill(model, arrays))
 
 
 def _recipe(path: str) -> Recipe:

@@ -82,7 +82,10 @@ class Tool:
         inner = entry.get("function", entry)
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise ConversationError(f"tool without a name {dict(entry)!r}", where="tools", fix="give it a name")
-        return cls(inner["name"], inner.get("description") or "", inner.get("parameters"))
+        parameters = inner.get("parameters")
+        if not isinstance(parameters, Mapping | None):
+            raise ConversationError("parameters that are no object", where="tools", fix="write a JSON schema")
+        return cls(inner["name"], inner.get("description") or "", parameters)
 
     def run(self, arguments: str) -> str:
         """Run the function and return what the model shall read: the result, or the error in words."""
@@ -118,23 +121,30 @@ def read_messages(messages: Iterable[Message | Mapping[str, Any]]) -> list[Messa
     assistant None commentary functions.now {}
     tool functions.now commentary assistant noon
     """
+    return [message for group in read_each(messages) for message in group]
+
+
+def read_each(messages: Iterable[Message | Mapping[str, Any]]) -> Iterator[list[Message]]:
+    """What `read_messages` makes of each entry by itself: none of an assistant that says nothing.
+
+    Beside OpenAI's keys an assistant's entry may have Hugging Face's `thinking` for its reasoning and objects for the
+    arguments of calls, or harmony's own `channel` (with `recipient` and `content_type`).
+    """
     names: dict[str, str] = {}
-    result: list[Message] = []
     for index, entry in enumerate(messages):
-        if isinstance(entry, Message):
-            result.append(entry)
-            continue
         where = f"message {index}"
+        if isinstance(entry, Message):
+            yield [entry]
+            continue
         role = entry.get("role")
         if role == "assistant":
-            result.extend(_read_assistant(entry, names, where))
+            yield list(_read_assistant(entry, names, where))
         elif role == "tool":
-            result.append(tool_result(_called_tool(entry, names, where), _read_text(entry.get("content"), where)))
+            yield [tool_result(_called_tool(entry, names, where), _read_text(entry.get("content"), where))]
         elif role in ROLES:
-            result.append(Message(role, _read_text(entry.get("content"), where)))
+            yield [Message(role, _read_text(entry.get("content"), where))]
         else:
             raise ConversationError(f"unknown role {role!r}", where=where, fix=f"use one of {', '.join(ROLES)}")
-    return result
 
 
 def tool_call(name: str, arguments: str) -> Message:
@@ -152,19 +162,45 @@ def tool_result(tool: str, content: str, *, channel: str = "commentary") -> Mess
 def _read_assistant(entry: Mapping[str, Any], names: dict[str, str], where: str) -> Iterator[Message]:
     """Yield reasoning, text, calls, in the order the model writes them, and note the calls' ids in `names`."""
     calls = entry.get("tool_calls") or ()
-    reasoning = entry.get("reasoning_content") or entry.get("reasoning")
+    if not isinstance(calls, list | tuple):
+        raise ConversationError(f"tool_calls of type {type(calls).__name__}", where=where, fix="write a list")
+    if entry.get("channel"):
+        yield _read_channel(entry, where)
+        return
+    reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
     if reasoning:
         yield Message("assistant", _read_text(reasoning, where), channel="analysis")
     if entry.get("content"):
         channel = "commentary" if calls else "final"
         yield Message("assistant", _read_text(entry["content"], where), channel=channel)
     for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str) or not name:
             raise ConversationError(f"tool call without a function name {call!r}", where=where, fix="name the function")
-        message = tool_call(function["name"], _read_text(function.get("arguments") or "{}", where))
-        names[str(call.get("id"))] = FUNCTIONS + function["name"]
-        yield message
+        arguments = function.get("arguments") or "{}"
+        if isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        names[str(call.get("id"))] = FUNCTIONS + name
+        yield tool_call(name, _read_text(arguments, where))
+
+
+def _read_channel(entry: Mapping[str, Any], where: str) -> Message:
+    """One message of harmony's own, as its header names it."""
+    channel, recipient, content_type = (entry.get(key) for key in ("channel", "recipient", "content_type"))
+    if channel not in CHANNELS:
+        raise ConversationError(f"unknown channel {channel!r}", where=where, fix=f"use one of {', '.join(CHANNELS)}")
+    if entry.get("tool_calls"):
+        raise ConversationError("a channel and tool_calls", where=where, fix="write the recipient, or no channel")
+    for key, value in (("recipient", recipient), ("content_type", content_type)):
+        if not isinstance(value, str | None):
+            raise ConversationError(f"{key} {value!r}", where=where, fix="write text")
+    return Message(
+        "assistant",
+        _read_text(entry.get("content"), where),
+        channel=channel,
+        recipient=recipient,
+        content_type=content_type,
+    )
 
 
 def _called_tool(entry: Mapping[str, Any], names: Mapping[str, str], where: str) -> str:

@@ -4,8 +4,11 @@ The layout of every message is openai-harmony's (openai/harmony, docs/format.md)
 (vocabulary.py), which past reasoning to drop, and a guard against inputs that harmony's tokenizer cannot take.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,19 +115,82 @@ def render_conversation(
     <|start|>user<|message|>Hi<|end|>
     <|start|>assistant
     """
-    history = read_messages(messages)
-    num_opening = next((i for i, m in enumerate(history) if m.role not in ("system", "developer")), len(history))
-    told = [text for text in (instructions, *(m.content for m in history[:num_opening])) if text]
+    told, history = _split_instructions(read_messages(messages), instructions)
     conversation = [_system_message(reasoning, date or datetime.date.today())]
     if told or tools:
-        conversation.append(_developer_message("\n\n".join(told), tools))
-    conversation += [_harmony_message(message) for message in drop_past_reasoning(history[num_opening:])]
-    try:
+        conversation.append(_developer_message(told, tools))
+    conversation += [_harmony_message(message) for message in drop_past_reasoning(history)]
+    with _refusals_named():
         return harmony_encoding().render_conversation_for_completion(
             harmony.Conversation.from_messages(conversation),
             harmony.Role.ASSISTANT,
             harmony.RenderConversationConfig(auto_drop_analysis=False),
         )
+
+
+def render_each(
+    messages: Sequence[Message],
+    *,
+    reasoning: str = "medium",
+    tools: Sequence[Tool] = (),
+    instructions: str | None = None,
+    date: datetime.date | None = None,
+) -> tuple[list[int], list[list[int]]]:
+    """Return what opens a prompt, and the ids of each message that follows; past reasoning is the caller's to drop.
+
+    Joined, with `<|start|>assistant`, they are the prompt of `render_conversation`. System and developer messages that
+    open `messages` are in the opening and have no list of their own.
+
+    >>> opening, (question, answer) = render_each([Message("user", "2?"), Message("assistant", "4", channel="final")])
+    >>> decode(answer)
+    '<|start|>assistant<|channel|>final<|message|>4<|end|>'
+    """
+    told, following = _split_instructions(messages, instructions)
+    described = json.dumps([(tool.name, tool.description, tool.parameters) for tool in tools])
+    with _refusals_named():
+        opening = _render_system(reasoning, date or datetime.date.today(), bool(tools))
+        if told or tools:
+            opening += _render_developer(told, described)
+        return list(opening), [_render_message(message) for message in following]
+
+
+def _render_message(message: Message) -> list[int]:
+    if message.role in ("system", "developer"):
+        return harmony_encoding().render(_harmony_message(message))
+    *header, end = _render_empty(dataclasses.replace(message, content=""))
+    return [*header, *encode(message.content), end]
+
+
+@functools.lru_cache(maxsize=4096)
+def _render_empty(message: Message) -> tuple[int, ...]:
+    """A message's header and end; kept, since harmony takes 80 us for a message beside what its text takes."""
+    return tuple(harmony_encoding().render(_harmony_message(message)))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _render_system(reasoning: str, date: datetime.date, has_tools: bool) -> tuple[int, ...]:
+    options = harmony.RenderOptions(conversation_has_function_tools=has_tools)
+    return tuple(harmony_encoding().render(_system_message(reasoning, date), options))
+
+
+@functools.lru_cache(maxsize=4096)
+def _render_developer(told: str, tools: str) -> tuple[int, ...]:
+    """Kept as the others are: in a data set many conversations open alike, and tools take 1 ms."""
+    described = [Tool(*fields) for fields in json.loads(tools)]
+    return tuple(harmony_encoding().render(_developer_message(told, described)))
+
+
+def _split_instructions(messages: Sequence[Message], instructions: str | None) -> tuple[str, Sequence[Message]]:
+    """The instructions, with the system and developer messages that open a conversation, and what follows those."""
+    num_opening = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), len(messages))
+    told = [text for text in (instructions, *(m.content for m in messages[:num_opening])) if text]
+    return "\n\n".join(told), messages[num_opening:]
+
+
+@contextlib.contextmanager
+def _refusals_named() -> Iterator[None]:
+    try:
+        yield
     except (harmony.HarmonyError, ValueError) as error:  # such as a tool's schema nested over 128 deep
         raise ConversationError(f"harmony refuses it ({error})", where="conversation", fix="correct it") from error
 

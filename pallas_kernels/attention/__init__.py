@@ -1,12 +1,13 @@
-"""Attention of a few queries over paged keys and values, with learned sinks."""
+"""Attention with learned sinks: of a few queries over paged keys and values, and of whole rows with gradients."""
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import hopper, reference, tpu
+from pallas_kernels.attention.trainable import segment_attention
 from pallas_kernels.dispatch import Impl, choose, platform
 
-__all__ = ["attention", "pool_width"]
+__all__ = ["attention", "pool_width", "segment_attention"]
 
 _hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
 _tpu = jax.jit(tpu.attention, static_argnames=("window", "step_pages", "interpret"))

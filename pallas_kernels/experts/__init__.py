@@ -11,9 +11,12 @@ from pallas_kernels.exchange import Parts
 from pallas_kernels.experts import hopper, hopper_layout, reference, tpu, tpu_layout
 from pallas_kernels.experts.hopper_layout import HopperExperts
 from pallas_kernels.experts.tpu_layout import TPUExperts
-from pallas_kernels.experts.weights import ExpertWeights
+from pallas_kernels.experts.trainable import trainable_experts
+from pallas_kernels.experts.weights import DenseExperts, ExpertAdapters, ExpertWeights
 
 __all__ = [
+    "DenseExperts",
+    "ExpertAdapters",
     "ExpertWeights",
     "HopperExperts",
     "PreparedExperts",
@@ -23,6 +26,7 @@ __all__ = [
     "preparable",
     "prepare",
     "prepared_order",
+    "trainable_experts",
 ]
 
 PreparedExperts = HopperExperts | TPUExperts

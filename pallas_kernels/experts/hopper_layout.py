@@ -118,9 +118,9 @@ def pack(weights: ExpertWeights) -> HopperExperts:
     """
     refuse_odd_widths(weights, TILE)
     return HopperExperts(
-        gate_up_words=_pack_words(_gate_up_rows(_block_words(weights.gate_up.blocks))),
-        gate_up_scales=_pack_scales(_gate_up_rows(weights.gate_up.scales)),
-        gate_up_bias=_pack_bias(_gate_up_rows(weights.gate_up_bias)),
+        gate_up_words=_pack_words(gate_up_rows(_block_words(weights.gate_up.blocks))),
+        gate_up_scales=_pack_scales(gate_up_rows(weights.gate_up.scales)),
+        gate_up_bias=_pack_bias(gate_up_rows(weights.gate_up_bias)),
         down_words=_pack_words(_down_rows(_block_words(weights.down.blocks))),
         down_scales=_pack_scales(_down_rows(weights.down.scales)),
         down_bias=_pack_bias(_down_rows(weights.down_bias)),
@@ -157,7 +157,7 @@ def dequantize(
     return scaled.transpose(order).reshape(*rows, TILE, tiles * TILE).astype(dtype)
 
 
-def _gate_up_rows(array: Array) -> Shaped[Array, "E n 4 2 8 *rest"]:
+def gate_up_rows(array: Array) -> Shaped[Array, "E n 4 2 8 *rest"]:
     """Rows as tile, w, r, g from the published order n, g // 2, w, g % 2, r."""
     num_experts, num_rows, *rest = array.shape
     split = jnp.moveaxis(array.reshape(num_experts, num_rows // TILE, 4, 4, 2, 2, *rest), (3, 5, 2, 4), (2, 3, 4, 5))

@@ -117,7 +117,7 @@ def _unpack_tiles(k_tiles: int) -> Callable[..., Any]:
                     word = vector.extract(loaded, [], [place])
                     by_row.append(hopper.unpack(word, hopper.scale_pair(scale_word, place)))
                 registers += [mgpu.utils.bitcast(by_row[r][j], pair) for j in range(4) for r in range(2)]
-        return _fragment(registers, shape)
+        return fragment(registers, shape)
 
     return unpack_tiles
 
@@ -130,10 +130,10 @@ def _finish(width: int, activation: SwiGLU | None) -> Callable[..., None]:
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.RefType(transforms(columns))))
     def finish(_, value, bias, out):
         sums = value.registers.reshape(blocks, 2)
-        offsets = [_scalars(register, 1)[0] for register in bias.registers.flat]
+        offsets = [scalars(register, 1)[0] for register in bias.registers.flat]
         matrices = []
         for block in range(blocks):
-            rows = [[arith.addf(item, offsets[r]) for item in _scalars(sums[block, r], 2)] for r in range(2)]
+            rows = [[arith.addf(item, offsets[r]) for item in scalars(sums[block, r], 2)] for r in range(2)]
             if activation is None:
                 matrices += [_pack_pair(*rows[0]), _pack_pair(*rows[1])]
             else:
@@ -172,11 +172,12 @@ def _store_transposed(matrices: list[ir.Value], out: ir.Value, columns: int) -> 
     while done < len(matrices):
         count = 1 << min(2, int(math.log2(len(matrices) - done)))
         offset = done // per_block * 8 * row_bytes
-        _store_matrices(pointer, offset, matrices[done : done + count])
+        store_matrices(pointer, offset, matrices[done : done + count])
         done += count
 
 
-def _store_matrices(pointer: ir.Value, offset: int, matrices: list[ir.Value]) -> None:
+def store_matrices(pointer: ir.Value, offset: int, matrices: list[ir.Value]) -> None:
+    """Write one, two or four 8 x 8 matrices of a warp transposed; every eight lanes point to the rows of one."""
     names = ", ".join(f"${1 + index}" for index in range(len(matrices)))
     code = f"stmatrix.sync.aligned.m8n8.x{len(matrices)}.trans.shared.b16 [$0+{offset}], {{{names}}};"
     constraints = ",".join(["r"] * (1 + len(matrices)))
@@ -202,13 +203,15 @@ def _pack_pair(low: ir.Value, high: ir.Value) -> ir.Value:
     return hopper.assembly([hopper.i32()], [low, high], "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", effect=False)[0]
 
 
-def _scalars(register: ir.Value, count: int) -> list[ir.Value]:
+def scalars(register: ir.Value, count: int) -> list[ir.Value]:
+    """The numbers that one of a fragment's registers holds."""
     if not isinstance(register.type, ir.VectorType):
         return [register]
     return [vector.extract(register, [], [index]) for index in range(count)]
 
 
-def _fragment(registers: list[ir.Value], shape: tuple[int, int]) -> mgpu.FragmentedArray:
+def fragment(registers: list[ir.Value], shape: tuple[int, int]) -> mgpu.FragmentedArray:
+    """An A operand of wgmma, from pairs of bfloat16: by 64 rows, then by 8 columns, then by 8 rows."""
     layout = plgpu.Layout.WGMMA.to_mgpu()
     array = np.empty(len(registers), dtype=object)
     array[:] = registers

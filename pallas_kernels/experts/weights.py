@@ -30,6 +30,41 @@ class ExpertWeights:
         return self.down_bias.shape[0]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseExperts:
+    """One layer's experts unpacked, in bfloat16 or float32, to be trained; laid out as `ExpertWeights`."""
+
+    gate_up: Any
+    """`E 2F D`."""
+    gate_up_bias: Any
+    """`E 2F`."""
+    down: Any
+    """`E D F`."""
+    down_bias: Any
+    """`E D`."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts held here."""
+        return self.down_bias.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertAdapters:
+    """Changes of low rank r to one layer's matrices: b @ a is added to each expert's, the scale being in b already."""
+
+    gate_up_a: Any
+    """`E r D`."""
+    gate_up_b: Any
+    """`E 2F r`."""
+    down_a: Any
+    """`E r F`."""
+    down_b: Any
+    """`E D r`."""
+
+
 class ScaleTooLarge(Unsupported):
     """A scale byte that a backend's arithmetic cannot reach."""
 

@@ -12,7 +12,7 @@ from pallas_kernels.exchange import AxisNames, Mailboxes, Parts, add_parts
 from pallas_kernels.projections.weights import HeadWeights
 
 
-def norm(x: Float[Array, "T D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "T D"]:
+def norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], *, eps: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm: in float32 throughout, the scale included, and rounded once at the end."""
     wide = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)

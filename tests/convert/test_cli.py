@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import add_inspect_arguments, add_verify_arguments, main, run_guarded, run_inspect, run_verify
+from convert.cli import (
+    add_export_arguments,
+    add_inspect_arguments,
+    add_verify_arguments,
+    main,
+    run_export,
+    run_guarded,
+    run_inspect,
+    run_verify,
+)
 
 
 def parse(add_arguments, *arguments: str) -> argparse.Namespace:
@@ -23,6 +32,23 @@ def test_convert_then_verify_and_inspect(pristine: Path, tmp_path: Path, capsys:
     assert "79 parameters, 568,768 bytes equal" in capsys.readouterr().out
     assert run_guarded(run_inspect, parse(add_inspect_arguments, out, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["num_bytes"] == 568_768
+
+
+def test_export_prints_what_it_wrote(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert run_guarded(run_export, parse(add_export_arguments, str(converted), out, "--layout", "original")) == 0
+    assert "63 tensors, 568,768 bytes in 1 file, original layout, mxfp4" in capsys.readouterr().out
+    again = parse(add_export_arguments, str(converted), out, "--overwrite", "--max-shard-size", "1MB", "--json")
+    assert run_guarded(run_export, again) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert (exported["form"], exported["num_tensors"], exported["num_bytes"]) == ("hf", 79, 568_768)
+
+
+@pytest.mark.parametrize("size", ["5", "0GB", "-1GB", "5 GiB", "five"])
+def test_shard_size_without_meaning_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(add_export_arguments, "checkpoint", "out", f"--max-shard-size={size}")
+    assert f"'{size}' is no size such as 5GB" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

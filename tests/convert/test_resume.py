@@ -144,7 +144,7 @@ def test_resume_without_anything_interrupted_starts(pristine: Path, tmp_path: Pa
     assert len(written) == 79
 
 
-@pytest.mark.parametrize("step", ["commit", "_complete", "_rename"])
+@pytest.mark.parametrize("step", ["commit", "_complete", "rename"])
 def test_interruption_of_the_last_steps_can_be_resumed(
     pristine: Path, converted: Path, tmp_path: Path, written: list[str], step: str
 ) -> None:
@@ -152,7 +152,7 @@ def test_interruption_of_the_last_steps_can_be_resumed(
     real = getattr(converter, step)
 
     def stop(*arguments) -> None:
-        if step != "_rename":
+        if step != "rename":
             real(*arguments)
         raise KeyboardInterrupt
 

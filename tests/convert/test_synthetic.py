@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert.synthetic import original_config, write_checkpoint
+from convert.published import original_config
+from convert.synthetic import write_checkpoint
 from gptoss_jax.config import ModelConfig, gpt_oss_20b
 from gptoss_jax.errors import ConversionError
 from tests.tiny import TINY

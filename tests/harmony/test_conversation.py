@@ -30,6 +30,16 @@ def test_tool_results_find_their_tool_by_the_calls_id():
     assert read_messages([calls, *results])[2:] == [tool_result("functions.g", "2"), tool_result("functions.f", "1")]
 
 
+def test_hugging_face_keys_are_read_as_openais():
+    entry = {"role": "assistant", "thinking": "Hm.", "tool_calls": [{"name": "f", "arguments": {"x": "é"}}]}
+    assert read_messages([entry]) == [Message("assistant", "Hm.", channel="analysis"), tool_call("f", '{"x": "é"}')]
+
+
+def test_explicit_channel_is_kept():
+    entry = {"role": "assistant", "content": "{}", "channel": "commentary", "recipient": "functions.f"}
+    assert read_messages([entry]) == [Message("assistant", "{}", channel="commentary", recipient="functions.f")]
+
+
 def test_text_parts_are_joined_and_messages_pass_through():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     message = Message("assistant", "x", channel="analysis")
@@ -46,6 +56,10 @@ def test_text_parts_are_joined_and_messages_pass_through():
         ({"role": "user", "content": ["x"]}, "content part 'str'"),
         ({"role": "tool", "tool_call_id": "9", "content": "x"}, "unknown call '9'"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "tool call without a function name"),
+        ({"role": "assistant", "tool_calls": "f"}, "tool_calls of type str"),
+        ({"role": "assistant", "content": "x", "channel": "thoughts"}, "unknown channel 'thoughts'"),
+        ({"role": "assistant", "channel": "final", "tool_calls": [call("f")]}, "a channel and tool_calls"),
+        ({"role": "assistant", "channel": "final", "recipient": 3}, "recipient 3"),
     ],
 )
 def test_bad_message_is_refused_with_its_place(entry, words):
@@ -73,6 +87,8 @@ def test_tool_reads_the_openai_dict():
     )
     with pytest.raises(ConversationError, match="tool without a name"):
         Tool.from_dict({"type": "function"})
+    with pytest.raises(ConversationError, match="parameters that are no object"):
+        Tool.from_dict({"name": "f", "parameters": []})
 
 
 @pytest.mark.parametrize(

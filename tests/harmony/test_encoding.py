@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gptoss_jax.errors import ConversationError, VocabularyError
 from gptoss_jax.harmony import tokens
 from gptoss_jax.harmony.conversation import Message, Tool, tool_call, tool_result
-from gptoss_jax.harmony.encoding import LONGEST_RUN, decode, encode, harmony_encoding, render_conversation
+from gptoss_jax.harmony.encoding import LONGEST_RUN, decode, encode, harmony_encoding, render_conversation, render_each
 
 DATE = datetime.date(2025, 6, 28)
 
@@ -212,3 +212,24 @@ def test_what_harmony_refuses_is_a_named_error():
         schema = {"type": "object", "properties": {"x": schema}}
     with pytest.raises(ConversationError, match="harmony refuses it"):
         render_conversation([], tools=[Tool("deep", parameters=schema)])
+
+
+def test_messages_rendered_each_are_the_prompt():
+    messages = [
+        Message("system", "Be kind."),
+        Message("user", "q1"),
+        Message("assistant", "a1", channel="analysis"),
+        tool_call("get_location", "{}"),
+        tool_result("functions.get_location", "<|end|> é\ud800"),
+        Message("developer", "Rhyme."),
+        Message("user", " " * (LONGEST_RUN + 1)),
+        Message("assistant", "Wait."),
+        Message("assistant", "", channel="commentary"),
+    ]
+    settings = {"reasoning": "high", "tools": WEATHER, "instructions": "Be exact.", "date": DATE}
+    for count in range(len(messages) + 1):
+        opening, following = render_each(messages[:count], **settings)
+        joined = [*opening, *(token for ids in following for token in ids)]
+        assert [*joined, *encode("<|start|>assistant", special=True)] == render_conversation(
+            messages[:count], **settings
+        )

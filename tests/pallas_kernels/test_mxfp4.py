@@ -16,6 +16,7 @@ from pallas_kernels.mxfp4 import (
     quantize,
     refuse_invalid_scales,
     refuse_nonfinite,
+    straight_through,
     unpack,
 )
 
@@ -112,6 +113,23 @@ def test_quantize_of_representable_values_is_exact():
 def test_quantize_refuses_a_dim_that_is_no_multiple_of_the_block():
     with pytest.raises(ValueError, match="last dim 33"):
         quantize(jnp.zeros((2, 33)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_straight_through_gives_the_quantized_values_exactly(dtype):
+    values = jnp.array(np.random.default_rng(0).normal(size=(3, 5, 64)), jnp.float32)
+    found = jax.jit(straight_through, static_argnums=1)(values, dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found.astype(jnp.float32), dequantize(quantize(values)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_straight_through_passes_the_gradient_unchanged(dtype):
+    values = jnp.array(np.random.default_rng(1).normal(size=(5, 64)), jnp.float32)
+    gradient = jnp.array(np.random.default_rng(2).normal(size=(5, 64))).astype(dtype)
+    (found,) = jax.vjp(lambda values: straight_through(values, dtype), values)[1](gradient)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, gradient.astype(jnp.float32))
 
 
 def test_scale_byte_255_is_refused_with_its_place():

@@ -1,6 +1,7 @@
 """Oracle: logits of transformers' GptOssForCausalLM in float32, from a checkpoint in the Hugging Face layout.
 
-    python oracle_transformers.py CHECKPOINT PROMPTS.npz OUT.npz [--greedy N] [--without PART=NAME ...]
+    python oracle_transformers.py CHECKPOINT PROMPTS.npz OUT.npz [--greedy N [--only-greedy]]
+        [--without PART=NAME ...] [--adapter DIR]
 
 Runs in the environment of make_environment.sh and imports nothing of this repository. tests/parity/recipes.py says
 what PROMPTS.npz and OUT.npz hold.
@@ -24,7 +25,7 @@ def load(checkpoint: Path) -> GptOssForCausalLM:
         checkpoint,
         config=config,
         dtype=torch.float32,
-        quantization_config=Mxfp4Config(dequantize=True),
+        quantization_config=Mxfp4Config(dequantize=True) if hasattr(config, "quantization_config") else None,
         attn_implementation="eager",
         experts_implementation="eager",
     ).eval()
@@ -136,6 +137,8 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="PART=NAME", help="also run the prompt NAME with PART broken"
     )
+    parser.add_argument("--only-greedy", action="store_true", help="leave out what has logits of every position")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="load a PEFT adapter onto the model")
     options = parser.parse_args()
 
     transformers.logging.set_verbosity_error()
@@ -146,16 +149,22 @@ def main() -> None:
     names = [key.removesuffix(".tokens") for key in prompts if key.endswith(".tokens")]
     with torch.no_grad():
         model = load(options.checkpoint)
+        if options.adapter:
+            from peft import PeftModel  # here, since it takes seconds
+
+            PeftModel.from_pretrained(model, options.adapter)  # changes the model itself
         for name in names:
             tokens, lengths = prompts[f"{name}.tokens"], prompts[f"{name}.lengths"]
+            if options.greedy:
+                out[f"{name}.greedy"] = greedy(model, tokens, lengths, num_tokens=options.greedy)
+            if options.only_greedy:
+                continue
             out[f"{name}.logits"] = alone(model, tokens, lengths)
             if len(tokens) == 1:
                 out[f"{name}.residuals"] = residuals(model, tokens)
             else:
                 for side in ("left", "right"):
                     out[f"{name}.padded_{side}"] = padded(model, tokens, lengths, side=side)
-            if options.greedy:
-                out[f"{name}.greedy"] = greedy(model, tokens, lengths, num_tokens=options.greedy)
             print(f"transformers: {name}: {tokens.shape}", flush=True)
         for part, name in (each.split("=") for each in options.without):
             broken = load(options.checkpoint)

@@ -119,12 +119,13 @@ def run_oracles(case: Case, checkpoints: Path, *, broken: Mapping[str, str]) -> 
     """What both oracles say of the case's prompts, by the oracle's name; transformers also with parts broken."""
     without = ["--without", *(f"{part}={prompt}" for part, prompt in broken.items())]
     return {
-        "transformers": _run("transformers", checkpoints / "hf", case, "--greedy", str(NUM_GREEDY), *without),
-        "reference": _run("reference", checkpoints / "original", case),
+        "transformers": run_oracle("transformers", checkpoints / "hf", case, "--greedy", str(NUM_GREEDY), *without),
+        "reference": run_oracle("reference", checkpoints / "original", case),
     }
 
 
-def _run(oracle: str, checkpoint: Path, case: Case, *options: str) -> dict[str, np.ndarray]:
+def run_oracle(oracle: str, checkpoint: Path, case: Case, *options: str | Path) -> dict[str, np.ndarray]:
+    """What one oracle, `transformers` or `reference`, says of the case's prompts: the arrays of OUT.npz."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "prompts.npz", **case.prompts())
         arguments = [checkpoint, Path(folder) / "prompts.npz", Path(folder) / "out.npz", *options]

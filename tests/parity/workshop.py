@@ -24,13 +24,17 @@ class Workshop:
         self._oracles: dict[str, dict[str, np.ndarray]] = {}
         case.write_checkpoints(self.checkpoints)
 
-    def model(self, layout: str, dtype: str) -> gptoss_jax.Transformer:
-        """The model converted from one layout and loaded."""
+    def converted(self, layout: str) -> Path:
+        """The checkpoint converted from one layout."""
         destination = self._converted / layout
         if not destination.exists():
             convert(self.checkpoints / layout, destination, progress=io.StringIO())
+        return destination
+
+    def model(self, layout: str, dtype: str) -> gptoss_jax.Transformer:
+        """The model converted from one layout and loaded."""
         if (layout, dtype) not in self._models:
-            self._models[layout, dtype] = gptoss_jax.load(destination, dtype=jnp.dtype(dtype))
+            self._models[layout, dtype] = gptoss_jax.load(self.converted(layout), dtype=jnp.dtype(dtype))
         return self._models[layout, dtype]
 
     def golden(self, source: str) -> Golden:

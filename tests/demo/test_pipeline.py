@@ -8,7 +8,9 @@ import pytest
 
 from convert.verify import verify
 from gptoss_jax.config import ModelConfig, gpt_oss_20b
-from gptoss_jax.demo import CONVERTED, PUBLISHED, QUESTION, make_checkpoint, run
+from gptoss_jax.demo import CONVERTED, PUBLISHED, QUESTION, checkpoint, make_checkpoint, pipeline, run
+from gptoss_jax.demo.compact import Compact
+from gptoss_jax.demo.pipeline import QUESTIONS, TOOL_QUESTION
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.manifest import read_manifest
 
@@ -53,6 +55,43 @@ def test_default_directory_is_in_the_cache(
     (tmp_path / "gptoss-jax" / "demo").symlink_to(demo_checkpoint.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert make_checkpoint() == tmp_path / "gptoss-jax" / "demo" / CONVERTED
+
+
+@pytest.fixture
+def shipped(small_weights, monkeypatch):
+    """The small model's weights where the shipped ones belong."""
+    monkeypatch.setattr(pipeline, "SHIPPED", small_weights)
+
+
+@pytest.mark.slow
+def test_demo_of_shipped_weights_asks_at_every_level_and_offers_a_tool(
+    shipped: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have learned nothing yet, so each answer is cut off."""
+    monkeypatch.setattr(pipeline, "_MOST_TOKENS", 4)
+    output = io.StringIO()
+    converted = run(tmp_path / "demo", output=output)
+    lines = output.getvalue().splitlines()
+    assert "trained weights" in lines[0]
+    assert [line.split()[0] for line in lines if line.endswith(" s")] == ["publish", "convert", "verify", "restore"]
+    asked = [line for line in lines if line.startswith("> ")]
+    assert asked == [
+        *(f"> {question}   (reasoning {level})" for level, question in QUESTIONS.items()),
+        f"> {TOOL_QUESTION}   (reasoning low, with a tool)",
+    ]
+    assert all(lines[lines.index(question) + 1] for question in asked), "an answer"
+    assert any("a tiny model for trying the software, not gpt-oss" in line for line in lines)
+    assert ModelConfig.read(converted / "config.json").num_experts == 8
+    assert make_checkpoint(tmp_path / "demo") == converted
+
+
+def test_weights_have_a_folder_of_their_own_in_the_cache(
+    shipped: None, small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = make_checkpoint()
+    assert found == tmp_path / "gptoss-jax" / f"demo-{Compact.open(small_weights).sha256[:12]}" / CONVERTED
+    assert found.with_name(PUBLISHED) == checkpoint(small_weights)
 
 
 def test_directory_of_something_else_is_refused(tmp_path: Path) -> None:
