@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--rows", type=int, default=1, metavar="N", help="rows an update")
     training.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters")
     training.add_argument("--targets", default="attention", metavar="NAMES", help="what has adapters")
+    training.add_argument("--vocabulary-on-host", action="store_true", help="embedding and unembedding off the GPU")
     training.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adafactor, lion or sgd")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
@@ -166,6 +167,7 @@ def _train(options: argparse.Namespace, limit: dict[str, int] | None) -> int:
         targets=tuple(options.targets.split(",")),
         optimizer=options.optimizer,
         batch_size=options.rows,
+        vocabulary_on_host=options.vocabulary_on_host,
     )
     report = surroundings(_command_line(sys.argv[1:]))
     rates = ceilings()

@@ -22,7 +22,7 @@ from gptoss_jax.finetune.initial import checkpoint_leaves, new_adapters, prepare
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import Program, program
+from gptoss_jax.finetune.step import Frozen, Program, program
 
 _STEPS = 1000  # of the schedule, which costs the same whatever its length
 
@@ -71,12 +71,16 @@ class Trainer:
             quantize=settings.method == "qat",
             dtype=jnp.bfloat16,
             update=optimizer(settings, _STEPS),
+            vocabulary_on_host=settings.vocabulary_on_host,
         )
         if settings.lora is None:
-            self._frozen: dict[str, jax.Array] = {}
+            self._frozen = Frozen()
             trained = random_arrays(self._made.trained_leaves)
         else:
-            self._frozen = prepared(self._made, random_arrays(checkpoint_leaves(self._made, jnp.bfloat16)))
+            leaves = checkpoint_leaves(self._made, jnp.bfloat16)
+            # The largest first: drawing takes as much again, which must not come on top of all others.
+            leaves = dict(sorted(leaves.items(), key=lambda item: -item[1].size))
+            self._frozen = prepared(self._made, random_arrays(leaves))
             trained = new_adapters(self._made, seed=0)
         self._state: Any = self._made.start(trained)
 
@@ -84,12 +88,14 @@ class Trainer:
         """Measure updates of the settings' rows at this length; `ceilings` are those of all devices together."""
         settings = self._settings
         batch = self._made.place(
-            _random_batch(self._config, settings.batch_size, sequence_length), parts=settings.accumulate
+            _random_batch(self._config, settings.batch_size, sequence_length),
+            parts=settings.accumulate,
+            embedding=self._frozen.embedding,
         )
         step = self._made.compile_step()
 
         def update(_: None) -> jax.Array:
-            self._state, report = step(self._state, self._frozen, batch)
+            self._state, report = step(self._state, self._frozen.arrays, batch)
             return report.loss
 
         times = measure(update)

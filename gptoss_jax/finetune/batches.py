@@ -17,7 +17,7 @@ from gptoss_jax.harmony.tokens import END_OF_TEXT
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, each with conversations one after the other and padding at its end; every field is `B T`."""
+    """B rows of T tokens, each with conversations one after the other and padding at its end; fields are `B T`."""
 
     tokens: Any
     """int32: what the model reads."""
@@ -29,6 +29,8 @@ class Batch:
     """int32: the conversation's number in its row, from 1; 0 for padding."""
     positions: Any
     """int32: the token's place in its conversation, from 0."""
+    embedded: Any = None
+    """`B T D`: the tokens' rows of the embedding, if that is not on the devices."""
 
 
 class Batches:

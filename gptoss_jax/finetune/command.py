@@ -27,6 +27,7 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
     "save_every": (int, "N", "updates between checkpoints"),
     "evaluate_every": (int, "N", "updates between evaluations"),
 }
+_SWITCHES = {"vocabulary_on_host": "embedding and unembedding in the host's memory: 2.3 GB less on the devices"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="conversations, one JSON object a line")
     parser.add_argument("directory", type=Path, metavar="RUN", help="where checkpoints and metrics go")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="a JSON object of settings; options come first")
+    for name, text in _SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
     for name, (kind, metavar, text) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     parser.add_argument("--evaluation", type=Path, metavar="FILE", help="conversations to measure by")
@@ -86,7 +89,7 @@ def settings_of(options: argparse.Namespace) -> "FineTuning":
         settings = Description.read(options.directory).settings
     else:
         settings = FineTuning()
-    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    given = {name: value for name in (*_SETTINGS, *_SWITCHES) if (value := getattr(options, name)) is not None}
     if "targets" in given:
         given["targets"] = tuple(given["targets"].split(","))
     return dataclasses.replace(settings, **given)

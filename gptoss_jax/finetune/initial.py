@@ -5,14 +5,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.checkpoint import restore
 from gptoss_jax.finetune.adapters import adapter_dims, initial_adapter
 from gptoss_jax.finetune.forward import expert_paths, published_experts
-from gptoss_jax.finetune.placement import dense_path, frozen_specs
-from gptoss_jax.finetune.step import Program
+from gptoss_jax.finetune.placement import EMBEDDING, UNEMBEDDING, dense_path, frozen_specs
+from gptoss_jax.finetune.step import Frozen, Program
 from gptoss_jax.model.layers import rearranged
 from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import MODEL_AXES, put
@@ -21,17 +22,25 @@ from pallas_kernels.experts.hopper_trainable import NARROWEST
 from pallas_kernels.mxfp4 import MXFP4, dequantize
 
 
-def frozen_parameters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
+def frozen_parameters(made: Program, checkpoint: Path) -> Frozen:
     """All parameters of a checkpoint, the experts packed, for a run that trains adapters."""
     return prepared(made, restore(checkpoint, checkpoint_leaves(made, made.form.dtype)))
 
 
-def prepared(made: Program, frozen: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The same, with experts in the order that Hopper's kernels read, if they can take them; a layer at a time.
+def prepared(made: Program, arrays: dict[str, jax.Array]) -> Frozen:
+    """The same as the program takes them: the embedding on the host if it is to be there, the experts in the order that
+    Hopper's kernels read if they can take them, a layer at a time; the arrays that this replaces are deleted."""
+    embedding = None
+    if made.vocabulary_on_host:
+        placed = arrays.pop(EMBEDDING)
+        embedding = np.array(placed)
+        placed.delete()
+    return Frozen(_in_kernels_order(made, arrays), embedding)
 
-    The arrays that held the published order are deleted. Float32 models, narrower ones and other platforms keep it:
-    there the experts' gradients come of XLA's own products.
-    """
+
+def _in_kernels_order(made: Program, frozen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Float32 models, narrow ones and other platforms keep the published order: there the experts' gradients come of
+    XLA's own products."""
     config = made.form.config
     with jax.set_mesh(made.mesh):
         narrow = min(config.hidden_size, config.intermediate_size) < NARROWEST
@@ -75,13 +84,17 @@ def masters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
 
 
 def checkpoint_leaves(made: Program, dtype: jnp.dtype | type) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter of a checkpoint in this dtype, placed as one that is frozen; packed bytes as they are."""
-    specs: dict[str, P] = frozen_specs(made.form.config, made.mesh)
+    """Every parameter of a checkpoint in this dtype, placed as one that is frozen; packed bytes as they are.
+
+    Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `prepared` to take from there.
+    """
+    places = {path: NamedSharding(made.mesh, spec) for path, spec in frozen_specs(made.form.config, made.mesh).items()}
+    if made.vocabulary_on_host:
+        places[EMBEDDING] = NamedSharding(made.mesh, P())
+        places[UNEMBEDDING] = places[UNEMBEDDING].with_memory_kind("pinned_host")
     return {
         path: jax.ShapeDtypeStruct(
-            parameter.shape,
-            jnp.uint8 if parameter.dtype == "uint8" else dtype,
-            sharding=NamedSharding(made.mesh, specs[path]),
+            parameter.shape, jnp.uint8 if parameter.dtype == "uint8" else dtype, sharding=places[path]
         )
         for path, parameter in parameters(made.form.config).items()
     }

@@ -16,8 +16,8 @@ from gptoss_jax.finetune.placement import DATA, varying
 from gptoss_jax.sharding import MODEL_AXES
 from pallas_kernels.projections.reference import norm
 
-_CHUNK_LOGITS = 512 * 201_088
-"""That exist at a time: 0.4 GB in float32."""
+_MOST_LOGITS = 1 << 24
+"""That exist at a time: 67 MB in float32, and as much again for what they become."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +49,9 @@ def batch_sums(
         x, routing = hidden(trained, frozen, batch, form)
         scale, unembedding = final_weights(trained, frozen, form)
         rows = norm(x, scale, eps=form.config.rms_norm_eps).reshape(-1, x.shape[-1])
+        rows = rows.astype(jnp.float32)  # in which their gradient is summed over the vocabulary
         targets, weights = batch.targets.reshape(-1), batch.weights.reshape(-1)
-        loss = jax.lax.psum(_cross_entropy(rows, targets, weights, unembedding, absent_rows), DATA)
+        loss = jax.lax.psum(_cross_entropy(rows, targets, weights, unembedding, absent_rows, form.dtype), DATA)
         tokens = jax.lax.psum(weights.sum(), DATA)
         routing = jax.tree.map(lambda part: jax.lax.psum(part, DATA), routing)
         return Sums(loss, tokens, _balance(routing) * tokens, routing.counts)
@@ -72,33 +73,40 @@ def _cross_entropy(
     weights: Float[Array, " M"],
     unembedding: Float[Array, "V D"],
     absent_rows: int,
+    dtype: Any,
 ) -> Float[Array, ""]:
-    """The weighted sum of the negative log-probabilities, a chunk of tokens at a time; logits are computed again in the
-    backward pass."""
-    num_rows, width = rows.shape
-    size = min(max(1, _CHUNK_LOGITS // unembedding.shape[0]), num_rows)
-    padding = -num_rows % size
-    chunks = (
-        jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, size, width),
-        jnp.pad(targets, (0, padding)).reshape(-1, size),
-        jnp.pad(weights, (0, padding)).reshape(-1, size),
-    )
+    """The weighted sum of the negative log-probabilities, a piece of the vocabulary at a time.
+
+    A piece's logits are computed again in the backward pass; one that is in the host's memory is brought from there.
+    """
+    size = _piece(unembedding.shape[0], len(targets))
+    pieces = unembedding.reshape(-1, size, unembedding.shape[1])
+    local = targets - jax.lax.axis_index(MODEL_AXES) * unembedding.shape[0]
 
     @jax.checkpoint
-    def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        rows, targets, weights = chunk
-        logits = product("MD,VD->MV", rows, unembedding.astype(rows.dtype))
-        largest = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), MODEL_AXES)
-        if absent_rows:
-            largest = jnp.maximum(largest, 0.0)
-        parts = jnp.exp(logits - largest[:, None]).sum(axis=-1)
-        whole = jax.lax.psum(parts, MODEL_AXES) + absent_rows * jnp.exp(-largest)
-        local = targets - jax.lax.axis_index(MODEL_AXES) * unembedding.shape[0]
-        here = (local >= 0) & (local < unembedding.shape[0])
-        found = jnp.take_along_axis(logits, jnp.where(here, local, 0)[:, None], axis=1)[:, 0]
-        target = jax.lax.psum(jnp.where(here, found, 0.0), MODEL_AXES)
-        return total + ((jnp.log(whole) + largest - target) * weights).sum(), None
+    def add(sums: tuple[Array, Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+        largest, total, target = sums
+        first, matrix = piece[0], jax.device_put(piece[1], jax.memory.Space.Device)
+        logits = product("MD,VD->MV", rows.astype(dtype), matrix.astype(dtype))
+        new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=-1)))
+        total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
+        place = local - first
+        here = (place >= 0) & (place < size)
+        found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=1)[:, 0]
+        return (new, total, target + jnp.where(here, found, 0.0)), None
 
-    (start,) = varying(jnp.zeros(()), weights)[:1]
-    total, _ = jax.lax.scan(add, start, chunks)
-    return total
+    zeros = jnp.zeros(targets.shape)
+    start = varying(*(jnp.full_like(zeros, jnp.finfo(zeros.dtype).min), zeros, zeros), rows, unembedding)[:3]
+    firsts = jnp.arange(pieces.shape[0]) * size
+    (largest, total, target), _ = jax.lax.scan(add, start, (firsts, pieces))
+    most = jax.lax.pmax(jax.lax.stop_gradient(largest), MODEL_AXES)
+    if absent_rows:
+        most = jnp.maximum(most, 0.0)
+    whole = jax.lax.psum(total * jnp.exp(largest - most), MODEL_AXES) + absent_rows * jnp.exp(-most)
+    return ((jnp.log(whole) + most - jax.lax.psum(target, MODEL_AXES)) * weights).sum()
+
+
+def _piece(vocab_size: int, num_rows: int) -> int:
+    """Rows of the vocabulary whose logits exist at a time: its largest divisor that stays below the limit."""
+    count = -(-vocab_size * num_rows // _MOST_LOGITS)
+    return next(vocab_size // pieces for pieces in range(count, vocab_size + 1) if vocab_size % pieces == 0)

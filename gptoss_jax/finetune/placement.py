@@ -17,6 +17,7 @@ from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import AXES, MODEL_AXES, head_axes
 
 DATA = "data"
+EMBEDDING, UNEMBEDDING = "embedding.weight", "unembedding.weight"
 
 _SMALLEST_SPLIT = 1 << 10
 """Values; smaller arrays are whole along `data`."""

@@ -18,7 +18,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
-MAY_CHANGE = ("evaluate_every", "save_every", "keep")
+MAY_CHANGE = ("evaluate_every", "save_every", "keep", "vocabulary_on_host")
 """What a run that is taken up again may have otherwise than before."""
 _LARGEST_SEED = 2**63
 
@@ -39,6 +39,10 @@ class FineTuning:
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "experts")
     """What has adapters, among `adapters.TARGETS`."""
+
+    vocabulary_on_host: bool = False
+    """With `lora`: embedding and unembedding stay in the host's memory, 2.3 GB of the published models. A batch's rows
+    are looked up there, and the unembedding is read twice an update, a piece at a time."""
 
     steps: int | None = None
     """Updates; None: as many as `epochs` takes."""
@@ -131,7 +135,10 @@ def _check(settings: FineTuning) -> None:
             names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
             check(names, field.name, "give a list of names")
     check(settings.seed < _LARGEST_SEED, "seed", f"give one below {_LARGEST_SEED}")
-    check(isinstance(settings.truncate, bool), "truncate", "give true or false")
+    for name in ("truncate", "vocabulary_on_host"):
+        check(isinstance(getattr(settings, name), bool), name, "give true or false")
+    needed = "lora: what is trained is on the devices"
+    check(settings.method == "lora" or not settings.vocabulary_on_host, "vocabulary_on_host", f"use {needed}")
     for name in ("batch_size", "accumulate", "sequence_length", "save_every"):
         check(getattr(settings, name) >= 1, name, "give 1 or more")
     check(settings.keep >= 2, "keep", "give 2 or more: the newest is proven sound by the update after it")

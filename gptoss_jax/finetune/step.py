@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,7 +17,15 @@ from gptoss_jax.finetune.adapters import LoRA
 from gptoss_jax.finetune.batches import Batch
 from gptoss_jax.finetune.forward import Arrays, Form
 from gptoss_jax.finetune.loss import Sums, batch_sums
-from gptoss_jax.finetune.placement import DATA, frozen_specs, gathered_dim, specs, trained_dims, trained_shapes
+from gptoss_jax.finetune.placement import (
+    DATA,
+    EMBEDDING,
+    frozen_specs,
+    gathered_dim,
+    specs,
+    trained_dims,
+    trained_shapes,
+)
 from gptoss_jax.sharding import head_axes, put
 
 
@@ -50,11 +59,20 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a run does not train: nothing, or for LoRA the checkpoint's parameters."""
+
+    arrays: dict[str, Array] = dataclasses.field(default_factory=dict)
+    """By path, placed as the program's compiled functions take them."""
+    embedding: np.ndarray | None = None
+    """`V D`, if the program has the vocabulary on the host."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """What is trained, where it lives, and the compiled functions of a run.
 
-    `frozen` is what is not trained, by path: nothing, or for LoRA the checkpoint's parameters. `absent_rows` is
-    `loss.batch_sums`'.
+    `absent_rows` is `loss.batch_sums`'.
     """
 
     form: Form
@@ -65,6 +83,7 @@ class Program:
     update: optax.GradientTransformation
     balance: float
     absent_rows: int = 0
+    vocabulary_on_host: bool = False
 
     @property
     def trained_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,8 +113,13 @@ class Program:
         moments = jax.jit(self.update.init, out_shardings=places)(trained)
         return State(jnp.zeros((), jnp.int32, device=leaves.step.sharding), trained, moments)
 
-    def place(self, batch: Batch, *, parts: int) -> Batch:
-        """A batch of host arrays on the devices, cut into parts: each array gets a first dim for them."""
+    def place(self, batch: Batch, *, parts: int, embedding: np.ndarray | None = None) -> Batch:
+        """A batch of host arrays on the devices, cut into parts: each array gets a first dim for them.
+
+        `embedding` is `Frozen.embedding`.
+        """
+        if embedding is not None:
+            batch = dataclasses.replace(batch, embedded=embedding[batch.tokens])
         sharding = NamedSharding(self.mesh, P(None, DATA))
         return jax.tree.map(lambda leaf: put(leaf.reshape(parts, -1, *leaf.shape[1:]), sharding), batch)
 
@@ -153,8 +177,12 @@ def program(
     update: optax.GradientTransformation,
     balance: float = 0.0,
     absent_rows: int = 0,
+    vocabulary_on_host: bool = False,
 ) -> Program:
     """The program of a run on a `training_mesh`."""
+    frozen = {} if lora is None else frozen_specs(config, mesh)
+    if vocabulary_on_host:
+        del frozen[EMBEDDING]
     dims, shapes = trained_dims(config, lora), trained_shapes(config, lora)
     gathered = {path: gathered_dim(path, dims[path], shapes[path], config, mesh) for path in dims}
     return Program(
@@ -169,8 +197,9 @@ def program(
         mesh=mesh,
         shapes=shapes,
         trained_specs=specs(dims, shapes, config, mesh),
-        frozen_specs={} if lora is None else frozen_specs(config, mesh),
+        frozen_specs=frozen,
         update=update,
         balance=balance,
         absent_rows=absent_rows,
+        vocabulary_on_host=vocabulary_on_host,
     )

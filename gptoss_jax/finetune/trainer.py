@@ -20,7 +20,7 @@ from gptoss_jax import distributed
 from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import DataError, TrainingError
-from gptoss_jax.finetune.batches import Batches
+from gptoss_jax.finetune.batches import Batch, Batches
 from gptoss_jax.finetune.data import Example, read_examples, split
 from gptoss_jax.finetune.forward import Arrays
 from gptoss_jax.finetune.initial import frozen_parameters, masters, new_adapters
@@ -29,7 +29,7 @@ from gptoss_jax.finetune.optimizer import learning_rates, optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.runs import Checkpoints, Description, digest_of, is_run, named_disk_errors
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import Program, Report, State, program
+from gptoss_jax.finetune.step import Frozen, Program, Report, State, program
 from gptoss_jax.manifest import CONFIG, read_manifest
 from gptoss_jax.sharding import check_mesh, fetch, make_mesh
 
@@ -104,13 +104,14 @@ def fine_tune(
         dtype=described.dtype,
         update=optimizer(settings, described.steps),
         balance=settings.balance,
+        vocabulary_on_host=settings.vocabulary_on_host,
     )
     return train(
         described,
         directory,
         made,
         batches,
-        frozen=lambda: frozen_parameters(made, checkpoint) if settings.lora else {},
+        frozen=lambda: frozen_parameters(made, checkpoint) if settings.lora else Frozen(),
         initial=lambda: new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint),
         held_out=held_out,
         resume=resume,
@@ -126,7 +127,7 @@ def train(
     batches: Batches,
     *,
     initial: Callable[[], dict[str, jax.Array]],
-    frozen: Callable[[], dict[str, jax.Array]] = dict,
+    frozen: Callable[[], Frozen] = Frozen,
     held_out: Batches | None = None,
     resume: bool = False,
     tensorboard: bool = False,
@@ -159,7 +160,7 @@ class _Loop:
         self,
         described: Description,
         made: Program,
-        frozen: dict[str, jax.Array],
+        frozen: Frozen,
         batches: Batches,
         held_out: Batches | None,
         checkpoints: Checkpoints,
@@ -193,7 +194,7 @@ class _Loop:
         self._clock = time.perf_counter()
         for step in range(first, self._steps):
             rows = self._batches.at(step)
-            state, found = self._update(state, self._frozen, self._made.place(rows, parts=settings.accumulate))
+            state, found = self._update(state, self._frozen.arrays, self._placed(rows, parts=settings.accumulate))
             if pending is not None:
                 loss = self._read(*pending)
             pending = step, found, int((rows.segments > 0).sum())
@@ -257,13 +258,16 @@ class _Loop:
         assert self._held_out is not None
         loss = tokens = 0.0
         for step in range(self._held_out.steps_per_epoch(0)):
-            batch = self._made.place(self._held_out.at(step), parts=1)
-            found = fetch(self._evaluate(state.trained, self._frozen, batch), self._made.mesh)
+            batch = self._placed(self._held_out.at(step), parts=1)
+            found = fetch(self._evaluate(state.trained, self._frozen.arrays, batch), self._made.mesh)
             loss, tokens = loss + float(found.loss), tokens + float(found.tokens)
         self._check_sound(done, {"evaluation loss": loss / tokens})
         self._write({"kind": "evaluation", "step": done, "loss": loss / tokens, "tokens": tokens})
         self._clock = time.perf_counter()
         return loss / tokens
+
+    def _placed(self, rows: Batch, *, parts: int) -> Batch:
+        return self._made.place(rows, parts=parts, embedding=self._frozen.embedding)
 
     def _write(self, metrics: Metrics) -> None:
         if self._writer is not None:

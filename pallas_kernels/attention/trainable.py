@@ -78,59 +78,61 @@ def _attend(
 
 
 def _forward(queries: Array, keys: Array, values: Array, segments: Array, sinks: Array, reach: int, block: int):
-    def some_heads(queries: Array, keys: Array, values: Array, segments: Array, sinks: Array) -> tuple[Array, Array]:
-        bands = []
-        for starts, view_at in _bands(queries.shape[2], reach, block):
+    def some_heads(results, queries, keys, values, segments, sinks):
+        for view_at, num_blocks in _bands(queries.shape[2], reach, block):
 
-            def one_block(start: Int[Array, ""], view_at: Callable = view_at) -> tuple[Array, Array]:
-                view = view_at(start)
+            def one_block(index: Array, results: tuple[Array, Array], view_at: Callable = view_at):
+                view = view_at(index)
+                answers, log_sums = results
                 scores = view.scores(queries, keys, segments)
                 highest = jnp.maximum(scores.max(axis=-1), sinks[..., None])
                 weights = jnp.exp(scores - highest[..., None])
                 denominator = weights.sum(axis=-1) + jnp.exp(sinks[..., None] - highest)
-                answers = _einsum("cgts,csh->cgth", weights.astype(values.dtype), view.of_keys(values))
-                return (answers / denominator[..., None]).astype(queries.dtype), highest + jnp.log(denominator)
+                answer = _einsum("cgts,csh->cgth", weights.astype(values.dtype), view.of_keys(values))
+                answers = view.put(answers, (answer / denominator[..., None]).astype(queries.dtype))
+                return answers, view.put(log_sums, (highest + jnp.log(denominator))[..., None])
 
-            bands.append(jax.lax.map(one_block, starts))
-        answers, log_sums = (_joined(*blocks) for blocks in zip(*bands, strict=True))
-        return answers, log_sums
+            results = jax.lax.fori_loop(0, num_blocks, one_block, results)
+        return results
 
     arguments = (queries, keys, values, segments, sinks)
-    answers, log_sums = _by_heads(some_heads, _heads_at_once(queries, reach, block), arguments)
+    unwritten = queries, queries[..., :1].astype(jnp.float32)
+    answers, log_sums = _by_heads(some_heads, _heads_at_once(queries, reach, block), unwritten, arguments)
     return answers, (*arguments, answers, log_sums)
 
 
 def _backward(reach: int, block: int, residuals: tuple[Array, ...], d_answers: Float[Array, "heads G T H"]):
     """Dao et al. 2022 (arXiv 2205.14135), appendix B.2; the sink is one more key, with zeros for a value."""
 
-    def some_heads(queries, keys, values, segments, sinks, answers, log_sums, d_answers):
-        d_log_sums = (answers.astype(jnp.float32) * d_answers.astype(jnp.float32)).sum(axis=-1)
-        d_sinks = -(jnp.exp(sinks[..., None] - log_sums) * d_log_sums).sum(axis=-1)
-        d_keys, d_values = (jnp.zeros_like(keys, dtype=jnp.float32) for _ in range(2))
-        bands = []
-        for starts, view_at in _bands(queries.shape[2], reach, block):
+    def some_heads(results, queries, keys, values, segments, sinks, answers, log_sums, d_answers):
+        d_log_sums = (answers.astype(jnp.float32) * d_answers.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+        d_sinks = -(jnp.exp(sinks[..., None] - log_sums[..., 0]) * d_log_sums[..., 0]).sum(axis=-1)
+        sums = results[0], *(jnp.zeros_like(keys, dtype=jnp.float32) for _ in range(2))
+        for view_at, num_blocks in _bands(queries.shape[2], reach, block):
 
-            def one_block(carry: tuple[Array, Array], start: Int[Array, ""], view_at: Callable = view_at):
-                view = view_at(start)
-                d_keys, d_values = carry
+            def one_block(index: Array, sums: tuple[Array, Array, Array], view_at: Callable = view_at):
+                view = view_at(index)
+                d_queries, d_keys, d_values = sums
                 d_answer = view.of_queries(d_answers)
-                log_sum, d_log_sum = (view.of_queries(array[..., None]) for array in (log_sums, d_log_sums))
+                log_sum, d_log_sum = view.of_queries(log_sums), view.of_queries(d_log_sums)
                 weights = jnp.exp(view.scores(queries, keys, segments) - log_sum)
                 d_weights = _einsum("cgth,csh->cgts", d_answer, view.of_keys(values))
                 d_scores = (weights * (d_weights - d_log_sum) * queries.shape[-1] ** -0.5).astype(queries.dtype)
                 d_keys = view.add(d_keys, _einsum("cgts,cgth->csh", d_scores, view.of_queries(queries)))
                 d_values = view.add(d_values, _einsum("cgts,cgth->csh", weights.astype(values.dtype), d_answer))
-                d_queries = _einsum("cgts,csh->cgth", d_scores, view.of_keys(keys))
-                return (d_keys, d_values), d_queries.astype(queries.dtype)
+                d_query = _einsum("cgts,csh->cgth", d_scores, view.of_keys(keys))
+                return view.put(d_queries, d_query.astype(queries.dtype)), d_keys, d_values
 
-            (d_keys, d_values), d_queries = jax.lax.scan(one_block, (d_keys, d_values), starts)
-            bands.append(d_queries)
-        return _joined(*bands), d_keys.astype(keys.dtype), d_values.astype(values.dtype), d_sinks
+            sums = jax.lax.fori_loop(0, num_blocks, one_block, sums)
+        d_queries, d_keys, d_values = sums
+        return d_queries, d_keys.astype(keys.dtype), d_values.astype(values.dtype), d_sinks
 
     # The barrier keeps XLA from holding on to the forward pass's scores, which it would find to be the same.
     residuals, d_answers = jax.lax.optimization_barrier((residuals, d_answers))
-    at_once = _heads_at_once(residuals[0], reach, block)
-    d_queries, d_keys, d_values, d_sinks = _by_heads(some_heads, at_once, (*residuals, d_answers))
+    queries, keys, values, _, sinks, *_ = residuals
+    at_once = _heads_at_once(queries, reach, block)
+    unwritten = (queries, keys, values, sinks)
+    d_queries, d_keys, d_values, d_sinks = _by_heads(some_heads, at_once, unwritten, (*residuals, d_answers))
     return d_queries, d_keys, d_values, None, d_sinks
 
 
@@ -158,6 +160,9 @@ class _View:
     def of_keys(self, array: Shaped[Array, "*dims T H"]) -> Shaped[Array, "*dims seen H"]:
         return jax.lax.dynamic_slice_in_dim(array, self.first_key, self.seen, axis=array.ndim - 2)
 
+    def put(self, whole: Float[Array, "*dims T H"], one: Float[Array, "*dims block H"]) -> Float[Array, "*dims T H"]:
+        return jax.lax.dynamic_update_slice_in_dim(whole, one, self.start, axis=whole.ndim - 2)
+
     def add(self, total: Float[Array, "heads T H"], one: Float[Array, "heads seen H"]) -> Float[Array, "heads T H"]:
         return jax.lax.dynamic_update_slice_in_dim(total, self.of_keys(total) + one, self.first_key, axis=1)
 
@@ -169,21 +174,21 @@ class _View:
         distance = self.start + jnp.arange(self.block)[:, None] - self.first_key - jnp.arange(self.seen)
         visible = (own == other.swapaxes(1, 2)) & (own != 0) & (distance >= 0) & (distance < self.reach)
         scores = _einsum("cgth,csh->cgts", self.of_queries(queries), self.of_keys(keys))
-        return jnp.where(visible[:, None], scores * queries.shape[-1] ** -0.5, -jnp.inf)
+        # A choice between scores and -inf would have XLA keep -inf, as large as the scores, from loop to loop.
+        return jnp.minimum(scores * queries.shape[-1] ** -0.5, jnp.where(visible, jnp.inf, -jnp.inf)[:, None])
 
 
-def _bands(length: int, reach: int, block: int) -> list[tuple[Int[Array, " blocks"], Callable[[Array], _View]]]:
-    """The starts of blocks of queries, and what one at such a start looks at: keys up to the last of its band."""
+def _bands(length: int, reach: int, block: int) -> list[tuple[Callable[[Array], _View], int]]:
+    """For each band, what its i-th block of queries looks at (keys up to the last of the band), and how many it has."""
     num_blocks = length // block
     num_bands = min(_BANDS, num_blocks) if reach + block > length else 1
     edges = [num_blocks * band // num_bands for band in range(num_bands + 1)]
-    return [
-        (
-            jnp.arange(first, last) * block,
-            functools.partial(_View, block=block, seen=min(reach + block, last * block), reach=reach),
-        )
-        for first, last in itertools.pairwise(edges)
-    ]
+
+    def view_at(index: Int[Array, ""], first: int, last: int) -> _View:
+        return _View((first + index) * block, block=block, seen=min(reach + block, last * block), reach=reach)
+
+    pairs = itertools.pairwise(edges)
+    return [(functools.partial(view_at, first=first, last=last), last - first) for first, last in pairs]
 
 
 def _heads_at_once(queries: Float[Array, "heads G T H"], reach: int, block: int) -> int:
@@ -193,17 +198,24 @@ def _heads_at_once(queries: Float[Array, "heads G T H"], reach: int, block: int)
     return max(count for count in range(1, min(most, num_heads) + 1) if num_heads % count == 0)
 
 
-def _by_heads(function: Callable, at_once: int, arrays: tuple[Array, ...]):
-    """The function of these arrays, a few of their leading indices at a time."""
-    some = jax.tree.map(lambda array: array.reshape(-1, at_once, *array.shape[1:]), arrays)
-    found = jax.lax.map(lambda some: function(*some), some)
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+def _by_heads[T: tuple[Array, ...]](
+    function: Callable[..., T], at_once: int, unwritten: T, arrays: tuple[Array, ...]
+) -> T:
+    """The function's results for these arrays, a few of their leading indices at a time.
 
+    It gets their slices and those of `unwritten`, arrays of the results' shapes whose values do not count. They are
+    there because XLA makes the zeros that lax.map would begin with for all layers of a model at once, before the first.
+    """
 
-def _joined(*bands: Float[Array, "_ heads G block *H"]) -> Float[Array, "heads G T *H"]:
-    """The blocks of all bands, one after the other."""
-    blocks = jnp.moveaxis(jnp.concatenate(bands), 0, 2)
-    return blocks.reshape(*blocks.shape[:2], -1, *blocks.shape[4:])
+    def some(index: Int[Array, ""], results: T) -> T:
+        def here(array: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, index * at_once, at_once)
+
+        found = function(jax.tree.map(here, results), *map(here, arrays))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * at_once, axis=0)
+        return jax.tree.map(put, results, found)
+
+    return jax.lax.fori_loop(0, len(arrays[0]) // at_once, some, unwritten)
 
 
 def _einsum(dims: str, left: Array, right: Array) -> Array:

@@ -8,30 +8,37 @@ import pytest
 from gptoss_jax.checkpoint import load
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.finetune.forward import Arrays
 from gptoss_jax.finetune.initial import frozen_parameters, masters, new_adapters
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import Frozen, program
 from gptoss_jax.manifest import CONFIG
 from gptoss_jax.sharding import make_mesh
 from tests.finetune.batches import mean_loss, random_batch
 
 
-def made(checkpoint, lora, **axes):
+def made(checkpoint, lora, *, vocabulary_on_host=False, **axes):
     config = ModelConfig.read(checkpoint / CONFIG)
     mesh = training_mesh(make_mesh(**axes))
-    return program(config, mesh, lora=lora, quantize=False, dtype=jnp.float32, update=optax.sgd(1.0))
+    options = {"update": optax.sgd(1.0), "vocabulary_on_host": vocabulary_on_host}
+    return program(config, mesh, lora=lora, quantize=False, dtype=jnp.float32, **options)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=2.0, targets=("attention", "router", "experts"))], ids=str)
-def test_run_begins_at_the_loss_of_the_loaded_model(demo_checkpoint, lora):
+ADAPTERS = LoRA(rank=2, alpha=2.0, targets=("attention", "router", "experts"))
+
+
+@pytest.mark.parametrize(("lora", "on_host"), [(None, False), (ADAPTERS, False), (ADAPTERS, True)], ids=str)
+def test_run_begins_at_the_loss_of_the_loaded_model(demo_checkpoint, lora, on_host):
     batch = random_batch([[48], [48]], sequence_length=48, vocab_size=201088)
-    begun = made(demo_checkpoint, lora, data=2, expert=2)
-    frozen: Arrays = frozen_parameters(begun, demo_checkpoint) if lora else {}
+    begun = made(demo_checkpoint, lora, vocabulary_on_host=on_host, data=2, expert=2)
+    frozen = frozen_parameters(begun, demo_checkpoint) if lora else Frozen()
     trained = new_adapters(begun, seed=1) if lora else masters(begun, demo_checkpoint)
     expected = mean_loss(load(demo_checkpoint, dtype=jnp.float32, impl="reference"), batch)
-    sums = begun.compile_evaluation()(trained, frozen, begun.place(batch, parts=1))
+    sums = begun.compile_evaluation()(trained, frozen.arrays, begun.place(batch, parts=1, embedding=frozen.embedding))
     assert float(sums.loss / sums.tokens) == pytest.approx(expected, rel=1e-5)
+    if on_host:
+        kinds = {path: array.sharding.memory_kind for path, array in frozen.arrays.items()}
+        assert "embedding.weight" not in kinds
+        assert {path for path, kind in kinds.items() if kind == "pinned_host"} == {"unembedding.weight"}
 
 
 def test_adapters_depend_on_the_seed_alone(demo_checkpoint):
