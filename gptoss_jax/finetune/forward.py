@@ -100,7 +100,8 @@ def _product_backward(equation: str, factors: tuple[Array, Array], cotangent: Ar
     x, weight = factors
     inputs, out = equation.split("->")
     x_dims, weight_dims = inputs.split(",")
-    cotangent = cotangent.astype(x.dtype)
+    # Written to memory before it is multiplied: XLA would make it again for every tile of the product.
+    cotangent = jax.lax.optimization_barrier(cotangent.astype(x.dtype))
     d_x = _einsum(f"{out},{weight_dims}->{x_dims}", cotangent, weight)
     d_weight = _einsum(f"{out},{x_dims}->{weight_dims}", cotangent, x)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)

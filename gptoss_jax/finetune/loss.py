@@ -16,8 +16,8 @@ from gptoss_jax.finetune.placement import DATA, varying
 from gptoss_jax.sharding import MODEL_AXES
 from pallas_kernels.projections.reference import norm
 
-_MOST_LOGITS = 1 << 24
-"""That exist at a time: 67 MB in float32, and as much again for what they become."""
+_MOST_LOGITS = 1 << 25
+"""That exist at a time: 134 MB in float32, and as much again for what they become."""
 
 
 @jax.tree_util.register_dataclass

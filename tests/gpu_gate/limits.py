@@ -6,8 +6,11 @@ from pathlib import Path
 
 Limits = dict[str, dict[str, float]]
 
-NAMES = ("decode-1", "decode-8", "decode-128", "draw-8", "prefill-2048", "decode-8-two", "prefill-2048-two")
-"""The programs: a greedy decode step of so many rows, one that draws, a prefill of so many tokens; on two GPUs."""
+NAMES = (
+    "decode-1", "decode-8", "decode-128", "draw-8", "prefill-2048", "train-2048", "decode-8-two", "prefill-2048-two",
+)  # fmt: skip
+"""The programs: a greedy decode step of so many rows, one that draws, a prefill of so many tokens, an update of a LoRA
+fine-tuning with a row of so many; on two GPUs."""
 SPILLS = "spill_bytes "
 """Before the name of a kernel: its limit, and by that the kernels a program is expected to have."""
 _FILE = Path(__file__).with_name("limits.json")

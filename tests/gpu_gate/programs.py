@@ -1,4 +1,4 @@
-"""The programs of the gate, compiled for one H200, or two, from shapes alone: the decode step and a chunk of prefill.
+"""The programs of the gate, compiled for one or two H200s from shapes alone: a step, a chunk of prefill, an update.
 
 `python -m tests.gpu_gate.programs NAME RESULT.json` compiles one of them at two depths, in a process of its own, so
 that what ptxas says on the standard output belongs to it.
@@ -19,9 +19,12 @@ from gptoss_jax.generation.sampling import Sampling
 from gptoss_jax.plan.collectives import Collective, program_collectives, step_collectives
 from gptoss_jax.plan.programs import DRAWN, abstract_cache, abstract_model, lowered_decode, lowered_prefill
 from gptoss_jax.plan.topologies import find
+from tests.gpu_gate.training import lowered_update
 
 DEPTHS = (2, 4)
 """Layers: as many sliding as full ones. The difference is what layers cost, the rest what the step costs once."""
+_WHOLE = ("prefill", "train")
+"""Programs that are a step, not a loop of steps."""
 _CONTEXT = 1088
 _TOKENS = PREFILL_TOKENS["hopper"]
 
@@ -29,6 +32,8 @@ _TOKENS = PREFILL_TOKENS["hopper"]
 def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     """The program called `name`, of the 20b at full width with `depth` layers."""
     kind, number, *_ = name.split("-")
+    if kind == "train":
+        return lowered_update(gpt_oss_20b().first_layers(depth), mesh, sequence_length=int(number)).compile()
     model = abstract_model(gpt_oss_20b().first_layers(depth), mesh)
     if kind == "prefill":
         length = int(number)
@@ -58,11 +63,11 @@ def figures(name: str) -> dict[str, Any]:
 
 
 def _launches(name: str, text: str) -> list[Launch]:
-    return program_launches(text) if name.startswith("prefill") else step_launches(text)
+    return program_launches(text) if name.startswith(_WHOLE) else step_launches(text)
 
 
 def _collectives(name: str, text: str) -> list[Collective]:
-    read = program_collectives if name.startswith("prefill") else step_collectives
+    read = program_collectives if name.startswith(_WHOLE) else step_collectives
     return read(text, DEPTHS[1])
 
 
