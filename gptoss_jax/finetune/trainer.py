@@ -295,7 +295,7 @@ def _batches(
     if not others and settings.evaluation:
         data, held_out = split(data, settings.evaluation, settings.seed)
 
-    def batches(examples: list[Example], *, shuffle: bool, batch_size: int) -> Batches:
+    def batches(examples: list[Example], file: Path, *, shuffle: bool, batch_size: int) -> Batches:
         return Batches(
             examples,
             batch_size=batch_size,
@@ -303,11 +303,12 @@ def _batches(
             seed=settings.seed,
             shuffle=shuffle,
             truncate=settings.truncate,
+            source=file,
         )
 
     part = settings.batch_size // settings.accumulate
-    evaluated = batches(held_out, shuffle=False, batch_size=part) if held_out else None
-    return batches(data, shuffle=True, batch_size=settings.batch_size), evaluated
+    evaluated = batches(held_out, files[-1], shuffle=False, batch_size=part) if held_out else None
+    return batches(data, files[0], shuffle=True, batch_size=settings.batch_size), evaluated
 
 
 def _steps(batches: Batches, epochs: float) -> int:

@@ -261,6 +261,10 @@ def test_rows_must_divide_over_data(demo_checkpoint, chats, tmp_path):
 
 
 def test_conversation_longer_than_a_row_is_refused_before_anything_is_written(demo_checkpoint, chats, tmp_path):
-    with pytest.raises(DataError, match="conversations of over 16 tokens"):
+    with pytest.raises(DataError, match=r"30 conversations of over 16 tokens: .*chats\.jsonl, lines 1, 2, "):
         fine_tune(demo_checkpoint, chats, tmp_path / "run", dataclasses.replace(SETTINGS, sequence_length=16))
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(chats.read_text().replace("3 + 1?", f"{'3 + 1? ' * 40}"))
+    with pytest.raises(DataError, match=r"3 conversations of over 128 tokens: .*held-out\.jsonl, lines 4, 14, 24:"):
+        fine_tune(demo_checkpoint, chats, tmp_path / "run", SETTINGS, evaluation=held_out)
     assert not (tmp_path / "run").exists()
