@@ -58,16 +58,16 @@ def export(
     """Write `checkpoint`, a converted directory or a fine-tuning run, into the new directory `destination`.
 
     `dtype` is that of the experts' matrices; no file holds more than `max_shard_bytes`, unless a tensor alone does.
-    `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step` say where the checkpoint that a run started
-    from is now, and which of the run's checkpoints to take. Raises CheckpointError or ConversionError, and then leaves
-    `destination` as it was.
+    `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step` say where the checkpoint is now that a run
+    started from, which only merging a LoRA reads, and which of the run's checkpoints to take. Raises CheckpointError or
+    ConversionError, and then leaves `destination` as it was.
 
     Example:
         >>> print(export(Path("gpt-oss-20b"), Path("gpt-oss-20b-hf")))  # doctest: +SKIP
     """
     destination = destination.resolve()
     partial = partial_directory(destination)
-    _check_options(layout, dtype, peft=peft)
+    _check_options(layout, dtype, peft=peft, base=base)
     _check_destination(destination, partial, overwrite=overwrite)
     run = _open_run(checkpoint, base=base, step=step)
     weights = None if peft else Weights(checkpoint, run)
@@ -144,10 +144,12 @@ def _open_run(directory: Path, *, base: Path | None, step: int | None) -> Traine
     return None
 
 
-def _check_options(layout: Layout, dtype: Dtype, *, peft: bool) -> None:
+def _check_options(layout: Layout, dtype: Dtype, *, peft: bool, base: Path | None) -> None:
     where = f"--layout {layout}, --dtype {dtype}"
     if peft and (layout, dtype) != ("hf", "mxfp4"):
         raise ConversionError("a PEFT adapter is no checkpoint", where=where, fix="leave out --peft, or these options")
+    if peft and base is not None:
+        raise ConversionError("a PEFT adapter is made without the base", where=f"--base {base}", fix="leave it out")
     if (layout, dtype) not in _LAYOUTS:
         raise ConversionError(
             "the original/ layout keeps its experts in MXFP4", where=where, fix="leave out one of the two"

@@ -29,7 +29,7 @@ from gptoss_jax.finetune.adapters import LoRA
 from gptoss_jax.finetune.placement import trained_shapes
 from gptoss_jax.finetune.settings import MAY_CHANGE, FineTuning
 from gptoss_jax.finetune.step import Program, State
-from gptoss_jax.manifest import MANIFEST, read_manifest
+from gptoss_jax.manifest import MANIFEST, is_converted, read_manifest
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -123,6 +123,8 @@ class Trained:
     """What a run has made of a checkpoint, read from disk as it is asked for."""
 
     base: Path
+    """Where the checkpoint is that it began from; looked at by `check_base` alone."""
+    base_digest: str
     config: ModelConfig
     method: str
     lora: LoRA | None
@@ -130,6 +132,14 @@ class Trained:
     shapes: Mapping[str, tuple[int, ...]]
     """Trained arrays by path: adapters, or every parameter, an expert matrix as one dense `weight`."""
     folder: Path
+
+    def check_base(self) -> None:
+        """Raise CheckpointError unless `base` is the checkpoint that the run began from."""
+        where, fix = str(self.base), "say with --base where it is"
+        if not is_converted(self.base):
+            raise CheckpointError("the run's base is not there", where=where, fix=fix)
+        if digest_of(self.base) != self.base_digest:
+            raise CheckpointError("not the checkpoint that the run was trained on", where=where, fix=fix)
 
     def read(self, path: str, rows: slice = slice(None)) -> np.ndarray:
         """Rows of a trained array, in float32."""
@@ -151,14 +161,9 @@ def is_run(directory: Path) -> bool:
 def open_run(directory: Path, *, base: Path | None = None, step: int | None = None) -> Trained:
     """The newest checkpoint of a run, or that of a step; `base` says where its base lies now.
 
-    Raises CheckpointError if there is no run, no such checkpoint, or for adapters not the base they were trained on.
+    Raises CheckpointError if there is no run, or no such checkpoint.
     """
     described = Description.read(directory)
-    base = described.base if base is None else base
-    if described.settings.lora is not None and digest_of(base) != described.base_digest:
-        raise CheckpointError(
-            f"not the checkpoint that {directory} was trained on", where=str(base), fix="say with --base where it is"
-        )
     kept = saved_steps(directory)
     chosen = max(kept, default=None) if step is None else step
     if chosen not in kept:
@@ -167,7 +172,8 @@ def open_run(directory: Path, *, base: Path | None = None, step: int | None = No
             which, where=str(directory), fix=f"choose among {kept}" if kept else "train until one is saved"
         )
     return Trained(
-        base=base,
+        base=described.base if base is None else base,
+        base_digest=described.base_digest,
         config=described.config,
         method=described.settings.method,
         lora=described.settings.lora,
