@@ -22,14 +22,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from convert.zarr import UNREADABLE
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError, TrainingError
 from gptoss_jax.finetune.adapters import LoRA
 from gptoss_jax.finetune.placement import trained_shapes
 from gptoss_jax.finetune.settings import MAY_CHANGE, FineTuning
 from gptoss_jax.finetune.step import Program, State
-from gptoss_jax.manifest import MANIFEST, is_converted, read_manifest
+from gptoss_jax.manifest import MANIFEST, UNREADABLE, is_converted, read_manifest
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
