@@ -26,7 +26,8 @@ from convert.published import shard_names, write_configs
 from convert.safetensors_writer import Tensor, write_json, write_shards
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import ConversionError
-from gptoss_jax.finetune.runs import Trained, is_run, open_run
+from gptoss_jax.finetune.runs import is_run
+from gptoss_jax.finetune.trained import Trained, open_run
 from gptoss_jax.manifest import CONFIG, SourceFile, is_converted, partial_directory, read_manifest
 
 Layout = Literal["hf", "original"]

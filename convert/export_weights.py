@@ -16,7 +16,7 @@ from convert.layouts import SourceTensor
 from convert.verify import checked_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.finetune.runs import Trained
+from gptoss_jax.finetune.trained import Trained
 from gptoss_jax.manifest import CONFIG, chunk_shape, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 from pallas_kernels.mxfp4 import refuse_nonfinite

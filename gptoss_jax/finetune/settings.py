@@ -21,7 +21,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 MAY_CHANGE = ("evaluate_every", "save_every", "keep")
 """What a run that is taken up again may have otherwise than before."""
 _LARGEST_SEED = 2**63
-_OF_LORA = ("rank", "alpha", "targets")
+_OF_LORA: tuple[str, ...] = ("rank", "alpha", "targets")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from gptoss_jax.checkpoint import load
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError, ConversionError
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.runs import open_run
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import fine_tune
 from gptoss_jax.manifest import CONFIG
 from gptoss_jax.sharding import make_mesh

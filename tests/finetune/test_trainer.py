@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from gptoss_jax.errors import CheckpointError, DataError, TrainingError
-from gptoss_jax.finetune.runs import METRICS, open_run, saved_steps
+from gptoss_jax.finetune.checkpoints import saved_steps
+from gptoss_jax.finetune.metrics import METRICS
 from gptoss_jax.finetune.settings import FineTuning
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import Result, fine_tune
 from gptoss_jax.sharding import make_mesh
 
