@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.cli import main
 from gptoss_jax.errors import CheckpointError, DataError, TrainingError
 from gptoss_jax.finetune.checkpoints import saved_steps
 from gptoss_jax.finetune.metrics import METRICS
@@ -227,6 +228,14 @@ def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeyp
     settings = dataclasses.replace(SETTINGS, steps=None, epochs=epochs)
     fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
     assert described[0].steps == steps
+
+
+def test_command_trains_for_a_share_of_an_epoch(demo_checkpoint, chats, tmp_path, capsys):
+    options = ["--epochs", "0.2", "--targets", "router", "--batch-size", "2", "--sequence-length", "128"]
+    assert main(["finetune", str(demo_checkpoint), str(chats), str(tmp_path / "run"), *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in told] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert saved_steps(tmp_path / "run") == [3]
 
 
 # Orbax' threads go on for a moment after their event loop, and say so to nobody.
