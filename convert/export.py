@@ -68,9 +68,11 @@ def export(
     """
     destination = destination.resolve()
     partial = partial_directory(destination)
-    _check_options(layout, dtype, peft=peft, base=base)
+    _check_options(layout, dtype, peft=peft)
     _check_destination(destination, partial, overwrite=overwrite)
     run = _open_run(checkpoint, base=base, step=step)
+    if run is not None and base is not None and (peft or run.lora is None):
+        raise ConversionError("only merging a LoRA reads the base", where=f"--base {base}", fix="leave it out")
     weights = None if peft else Weights(checkpoint, run)
     if weights is None:
         contents = _adapter(run, checkpoint)
@@ -145,12 +147,10 @@ def _open_run(directory: Path, *, base: Path | None, step: int | None) -> Traine
     return None
 
 
-def _check_options(layout: Layout, dtype: Dtype, *, peft: bool, base: Path | None) -> None:
+def _check_options(layout: Layout, dtype: Dtype, *, peft: bool) -> None:
     where = f"--layout {layout}, --dtype {dtype}"
     if peft and (layout, dtype) != ("hf", "mxfp4"):
         raise ConversionError("a PEFT adapter is no checkpoint", where=where, fix="leave out --peft, or these options")
-    if peft and base is not None:
-        raise ConversionError("a PEFT adapter is made without the base", where=f"--base {base}", fix="leave it out")
     if (layout, dtype) not in _LAYOUTS:
         raise ConversionError(
             "the original/ layout keeps its experts in MXFP4", where=where, fix="leave out one of the two"

@@ -98,5 +98,5 @@ def test_base_that_was_moved_is_asked_for_only_where_it_is_read(demo_checkpoint,
         export(run, tmp_path / "out")
     assert export(run, tmp_path / "adapter", peft=True).num_tensors == 2 * 2
     assert export(run, tmp_path / "out", base=moved).differences
-    with pytest.raises(ConversionError, match=r"made without the base: --base .*moved: leave it out"):
+    with pytest.raises(ConversionError, match=r"only merging a LoRA reads the base: --base .*moved: leave it out"):
         export(run, tmp_path / "other", peft=True, base=moved)
