@@ -19,12 +19,13 @@ from convert.orbax_tree import commit
 from convert.progress import Progress, Stream
 from convert.slices import parameter_slices
 from convert.source import Source, open_source
-from convert.zarr import UNREADABLE, ArrayWriter, read_chunk_rows, row_major_bytes
+from convert.zarr import ArrayWriter, read_chunk_rows, row_major_bytes
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.manifest import (
     CONFIG,
     MANIFEST,
     PARAMETERS,
+    UNREADABLE,
     Manifest,
     chunk_shape,
     is_converted,

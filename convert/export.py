@@ -26,7 +26,8 @@ from convert.published import shard_names, write_configs
 from convert.safetensors_writer import Tensor, write_json, write_shards
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import ConversionError
-from gptoss_jax.finetune.runs import Trained, is_run, open_run
+from gptoss_jax.finetune.runs import is_run
+from gptoss_jax.finetune.trained import Trained, open_run
 from gptoss_jax.manifest import CONFIG, SourceFile, is_converted, partial_directory, read_manifest
 
 Layout = Literal["hf", "original"]
@@ -58,9 +59,9 @@ def export(
     """Write `checkpoint`, a converted directory or a fine-tuning run, into the new directory `destination`.
 
     `dtype` is that of the experts' matrices; no file holds more than `max_shard_bytes`, unless a tensor alone does.
-    `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step` say where the checkpoint that a run started
-    from is now, and which of the run's checkpoints to take. Raises CheckpointError or ConversionError, and then leaves
-    `destination` as it was.
+    `peft` writes the run's LoRA alone, as a PEFT adapter. `base` and `step` say where the checkpoint is now that a run
+    started from, which only merging a LoRA reads, and which of the run's checkpoints to take. Raises CheckpointError or
+    ConversionError, and then leaves `destination` as it was.
 
     Example:
         >>> print(export(Path("gpt-oss-20b"), Path("gpt-oss-20b-hf")))  # doctest: +SKIP
@@ -70,6 +71,8 @@ def export(
     _check_options(layout, dtype, peft=peft)
     _check_destination(destination, partial, overwrite=overwrite)
     run = _open_run(checkpoint, base=base, step=step)
+    if run is not None and base is not None and (peft or run.lora is None):
+        raise ConversionError("only merging a LoRA reads the base", where=f"--base {base}", fix="leave it out")
     weights = None if peft else Weights(checkpoint, run)
     if weights is None:
         contents = _adapter(run, checkpoint)

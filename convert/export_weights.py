@@ -16,7 +16,7 @@ from convert.layouts import SourceTensor
 from convert.verify import checked_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.finetune.runs import Trained
+from gptoss_jax.finetune.trained import Trained
 from gptoss_jax.manifest import CONFIG, chunk_shape, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 from pallas_kernels.mxfp4 import refuse_nonfinite
@@ -32,6 +32,8 @@ class Weights:
         self._checkpoint = directory if run is None else run.base
         # A run that holds every parameter needs no checkpoint beside it.
         is_whole = run is not None and run.lora is None
+        if run is not None and not is_whole:
+            run.check_base()
         self._checksums = {} if is_whole else read_manifest(self._checkpoint).sha256
         if run is not None and not is_whole and ModelConfig.read(self._checkpoint / CONFIG) != run.config:
             raise CheckpointError(

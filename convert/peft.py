@@ -15,7 +15,7 @@ import numpy as np
 from convert.safetensors_writer import Tensor
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.finetune.runs import Trained
+from gptoss_jax.finetune.trained import Trained
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _MODULES = {

@@ -11,10 +11,10 @@ import numpy as np
 from convert.progress import Progress, Stream
 from convert.slices import parameter_slices
 from convert.source import Source, open_source
-from convert.zarr import UNREADABLE, numpy_dtype, open_array, read_chunk_rows, read_rows, row_major_bytes
+from convert.zarr import numpy_dtype, open_array, read_chunk_rows, read_rows, row_major_bytes
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError
-from gptoss_jax.manifest import CONFIG, PARAMETERS, read_manifest
+from gptoss_jax.manifest import CONFIG, PARAMETERS, UNREADABLE, read_manifest
 from gptoss_jax.parameters import Parameter, parameters
 
 

@@ -22,9 +22,6 @@ from gptoss_jax.parameters import Parameter
 _WRITE_BYTES = 1 << 18
 _NUMPY_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "uint8": np.dtype(np.uint8)}
 
-UNREADABLE = (ValueError, FileNotFoundError)
-"""What tensorstore raises for an array whose metadata or chunks are missing, damaged or cut short."""
-
 
 def numpy_dtype(parameter: Parameter) -> np.dtype:
     """The dtype its values have in memory."""

@@ -24,6 +24,8 @@ PARAMETERS = "parameters"
 CONFIG = "config.json"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+UNREADABLE = (ValueError, FileNotFoundError)
+"""What tensorstore raises for an array whose metadata or chunks are missing, damaged or cut short."""
 _PARTIAL = ".partial"
 # The most parts that a sensible mesh cuts each dim into; a shard then reads no byte of its neighbour.
 _MOST_PARTS = {"E": 32, "N": 8, "K": 8, "V": 128}

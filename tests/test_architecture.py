@@ -28,7 +28,7 @@ FLOORS = {
     "gptoss_jax.chat_terminal": 4,
     "gptoss_jax.finetune": 4,
     "gptoss_jax.finetune.command": 5,
-    "convert": 4,
+    "convert": 5,
     "gptoss_jax.demo": 5,
     "gptoss_jax.bench": 5,
     "gptoss_jax.cli_arguments": 5,

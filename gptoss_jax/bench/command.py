@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MODELS = ("20b", "120b", "tiny")
 _METHODS = ("lora", "full", "qat")
 _GB = 10**9
+_OF_STEPS = ("batch", "context", "prefill", "steps", "kernels", "split", "collectives", "plot")
+_OF_TRAINING = ("sequence", "rows", "rank", "targets", "vocabulary_on_host", "optimizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,23 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         shown = ",".join(map(str, default))
         parser.add_argument(
-            f"--{name}", type=_numbers, default=default, metavar="N,...", help=f"{text}; 0 for none (default: {shown})"
+            f"--{name}", type=_numbers_or_none, metavar="N,...", help=f"{text}; 0 for none (default: {shown})"
         )
-    parser.add_argument("--steps", type=int, default=plan.steps, metavar="N", help="tokens a dispatch (default: 64)")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"tokens a dispatch (default: {plan.steps})")
     parser.add_argument("--kernels", action="store_true", help="also the kernels alone, over token counts")
     parser.add_argument("--split", action="store_true", help="also what each stage costs: every row without it")
     parser.add_argument("--collectives", action="store_true", help="also what the sums over devices cost a step")
     parser.add_argument("--memory-limit-gb", type=float, metavar="G", help="hold the process to this much GPU memory")
     training = parser.add_argument_group(
-        "training", "With --train, updates of a fine-tuning with random weights instead (docs/finetuning.md)."
+        "training", "With --train, updates of a fine-tuning with random weights instead; defaults are finetune's."
     )
     training.add_argument("--train", choices=_METHODS, metavar="METHOD", help=f"one of {', '.join(_METHODS)}")
-    training.add_argument("--sequence", type=_numbers, default=(2048,), metavar="N,...", help="tokens a row")
-    training.add_argument("--rows", type=int, default=1, metavar="N", help="rows an update")
-    training.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters")
-    training.add_argument("--targets", default="attention", metavar="NAMES", help="what has adapters")
+    training.add_argument("--sequence", type=_numbers, metavar="N,...", help="tokens a row")
+    training.add_argument("--rows", type=int, metavar="N", help="rows an update (default: 1)")
+    training.add_argument("--rank", type=int, metavar="R", help="of the adapters")
+    training.add_argument("--targets", metavar="NAMES", help="what has adapters, among attention,router,experts")
     training.add_argument("--vocabulary-on-host", action="store_true", help="embedding and unembedding off the GPU")
-    training.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adafactor, lion or sgd")
+    training.add_argument("--optimizer", metavar="NAME", help="adamw, adafactor, lion or sgd")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.png, .svg, .pdf)")
     add_mesh_argument(parser)
@@ -69,6 +71,12 @@ def run(options: argparse.Namespace) -> int:
             raise BenchError("a folder", where=str(path), fix="name a file in it")
     if options.checkpoint is not None and options.model is not None:
         raise BenchError("a checkpoint and --model", where="--model", fix="give one of the two")
+    training = options.train is not None
+    for name in _OF_STEPS if training else _OF_TRAINING:
+        value = getattr(options, name)
+        if value is not None and value is not False:  # which 0 is neither of
+            option, joined = f"--{name.replace('_', '-')}", "with" if training else "without"
+            raise BenchError(f"{option} {joined} --train", where=option, fix=f"leave out {option}")
 
     if options.split and options.collectives:
         raise BenchError("--split and --collectives", where="--collectives", fix="give one of the two")
@@ -79,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         plot.check(options.plot)
     limit = None if options.memory_limit_gb is None else memory.hold(options.memory_limit_gb * _GB)
 
-    if options.train is not None:
+    if training:
         return _train(options, limit)
 
     from gptoss_jax.bench import split
@@ -94,11 +102,8 @@ def run(options: argparse.Namespace) -> int:
 
     name, config = _config(options)
     plan = Plan(
-        batches=options.batch,
-        contexts=options.context,
-        prompts=options.prefill,
+        **_given(batches=options.batch, contexts=options.context, prompts=options.prefill, steps=options.steps),
         kernel_tokens=TOKEN_COUNTS if options.kernels else (),
-        steps=options.steps,
         split=options.split,
         collectives=options.collectives,
     )
@@ -163,11 +168,13 @@ def _train(options: argparse.Namespace, limit: dict[str, int] | None) -> int:
     enable_cache()
     settings = FineTuning(
         method=options.train,
-        rank=options.rank,
-        targets=tuple(options.targets.split(",")),
-        optimizer=options.optimizer,
-        batch_size=options.rows,
-        vocabulary_on_host=options.vocabulary_on_host,
+        batch_size=1 if options.rows is None else options.rows,
+        **_given(
+            rank=options.rank,
+            vocabulary_on_host=options.vocabulary_on_host,
+            targets=None if options.targets is None else tuple(options.targets.split(",")),
+            optimizer=options.optimizer,
+        ),
     )
     report = surroundings(_command_line(sys.argv[1:]))
     rates = ceilings()
@@ -177,7 +184,7 @@ def _train(options: argparse.Namespace, limit: dict[str, int] | None) -> int:
     table, rows = Table(), []
     table.line(_head(report))
     trainer = Trainer(config, name, settings, mesh)
-    for length in options.sequence:
+    for length in options.sequence or (settings.sequence_length,):
         rows.append(trainer.row(sequence_length=length, ceilings=together))
         table.line(str(rows[-1]))
         if limit is not None:
@@ -237,14 +244,22 @@ def _head(report: dict[str, Any]) -> str:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were given: the others have the defaults of what they are for."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _numbers_or_none(text: str) -> tuple[int, ...]:
     """`1,8,32`; `0` is none."""
+    return () if text == "0" else _numbers(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`1,8,32`."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers") from error
-    if numbers == (0,):
-        return ()
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{min(numbers)} is less than 1")
     return numbers

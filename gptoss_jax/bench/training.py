@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(self, config: ModelConfig, name: str, settings: FineTuning, mesh: Mesh) -> None:
         self._name, self._settings, self._config = name, settings, config
-        self._made: Program = program(
+        self._program: Program = program(
             config,
             training_mesh(mesh),
             lora=settings.lora,
@@ -75,24 +75,24 @@ class Trainer:
         )
         if settings.lora is None:
             self._frozen = Frozen()
-            trained = random_arrays(self._made.trained_leaves)
+            trained = random_arrays(self._program.trained_leaves)
         else:
-            leaves = checkpoint_leaves(self._made, jnp.bfloat16)
+            leaves = checkpoint_leaves(self._program, jnp.bfloat16)
             # The largest first: drawing takes as much again, which must not come on top of all others.
             leaves = dict(sorted(leaves.items(), key=lambda item: -item[1].size))
-            self._frozen = prepared(self._made, random_arrays(leaves))
-            trained = new_adapters(self._made, seed=0)
-        self._state: Any = self._made.start(trained)
+            self._frozen = prepared(self._program, random_arrays(leaves))
+            trained = new_adapters(self._program, seed=0)
+        self._state: Any = self._program.start(trained)
 
     def row(self, *, sequence_length: int, ceilings: Ceilings) -> TrainingRow:
         """Measure updates of the settings' rows at this length; `ceilings` are those of all devices together."""
         settings = self._settings
-        batch = self._made.place(
+        batch = self._program.place(
             _random_batch(self._config, settings.batch_size, sequence_length),
             parts=settings.accumulate,
             embedding=self._frozen.embedding,
         )
-        step = self._made.compile_step()
+        step = self._program.compile_step()
 
         def update(_: None) -> jax.Array:
             self._state, report = step(self._state, self._frozen.arrays, batch)
@@ -103,7 +103,7 @@ class Trainer:
             self._config,
             num_tokens=sequence_length,
             num_rows=settings.batch_size,
-            adapter_values=_values_used(self._made) if settings.lora else None,
+            adapter_values=_values_used(self._program) if settings.lora else None,
         )
         seconds = times.median / 1e3
         return TrainingRow(
@@ -123,11 +123,13 @@ class Trainer:
         )
 
 
-def _values_used(made: Program) -> int:
+def _values_used(program: Program) -> int:
     """Values of adapters that one token is multiplied by: of an expert's, those of the experts it chooses."""
-    config = made.form.config
+    config = program.form.config
     share = config.experts_per_token / config.num_experts
-    return round(sum(math.prod(shape) * (share if ".experts." in path else 1) for path, shape in made.shapes.items()))
+    return round(
+        sum(math.prod(shape) * (share if ".experts." in path else 1) for path, shape in program.shapes.items())
+    )
 
 
 def _random_batch(config: ModelConfig, rows: int, sequence_length: int) -> Batch:

@@ -33,12 +33,13 @@ from gptoss_jax.demo.model import demo_config, initial_weights
 from gptoss_jax.errors import DataError
 from gptoss_jax.finetune.batches import Batch, Batches
 from gptoss_jax.finetune.data import Example, read_examples
-from gptoss_jax.finetune.metrics import line
+from gptoss_jax.finetune.metrics import METRICS, line
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.runs import METRICS, Description, is_run, open_run
+from gptoss_jax.finetune.runs import Description, is_run
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import check_directory, train
 from gptoss_jax.sharding import make_mesh, put
 

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,8 +39,8 @@ class Batches:
 
     `seed` and the epoch's number shuffle the examples, which then fill rows. An epoch has every example once: its last
     batch is filled up with rows of padding. An example takes one token less than it has ids, since its last is only
-    written. One that does not fit a row is refused, or with `truncate` loses its end; DataError says which lines are
-    too long, or have nothing trained left.
+    written. One that does not fit a row is refused, or with `truncate` loses its end; DataError says which lines of
+    `source`, their file, are too long, or have nothing trained left.
 
     >>> examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, bool), line=n) for n in (3, 4, 6)]
     >>> batches = Batches(examples, batch_size=2, sequence_length=5, seed=0, shuffle=False)
@@ -58,10 +59,11 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         truncate: bool = False,
+        source: str | Path = "batches",
     ) -> None:
         if not examples:
-            raise DataError("no examples", where="batches", fix="read some")
-        self._examples = _fitted(examples, sequence_length, truncate)
+            raise DataError("no examples", where=str(source), fix="read some")
+        self._examples = _fitted(examples, sequence_length, truncate, str(source))
         self._batch_size = batch_size
         self._sequence_length = sequence_length
         self._seed = seed
@@ -115,18 +117,19 @@ class Batches:
         return self._packed[1]
 
 
-def _fitted(examples: Sequence[Example], sequence_length: int, truncate: bool) -> list[Example]:
+def _fitted(examples: Sequence[Example], sequence_length: int, truncate: bool, source: str) -> list[Example]:
     """The examples, if each fits a row; with `truncate` the beginnings of those that do not."""
     longest = sequence_length + 1
     long = [example for example in examples if len(example.ids) > longest]
     if long and not truncate:
         fix = f"choose a sequence length of {max(len(example.ids) for example in long) - 1}, or truncate them"
-        raise DataError(f"{len(long)} conversations of over {sequence_length} tokens", where=_lines(long), fix=fix)
+        what = f"{len(long)} conversations of over {sequence_length} tokens"
+        raise DataError(what, where=f"{source}, {_lines(long)}", fix=fix)
     untrained = [example for example in long if not example.trained[:longest].any()]
     if untrained:
         raise DataError(
             f"{len(untrained)} conversations have nothing to train on in their first {sequence_length} tokens",
-            where=_lines(untrained),
+            where=f"{source}, {_lines(untrained)}",
             fix="choose a greater sequence length, or leave them out",
         )
     return [

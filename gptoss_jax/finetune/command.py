@@ -92,4 +92,6 @@ def settings_of(options: argparse.Namespace) -> "FineTuning":
     given = {name: value for name in (*_SETTINGS, *_SWITCHES) if (value := getattr(options, name)) is not None}
     if "targets" in given:
         given["targets"] = tuple(given["targets"].split(","))
+    if "steps" in given or "epochs" in given:  # one takes the place of the other
+        settings = dataclasses.replace(settings, steps=None, epochs=FineTuning.epochs)
     return dataclasses.replace(settings, **given)

@@ -64,7 +64,7 @@ def hidden(trained: Arrays, frozen: Arrays, batch: Batch, form: Form) -> tuple[F
     """The last layer's output for a batch's rows, and what the routers did."""
     weights = _Weights("", trained, frozen, form)
     embedded = batch.embedded
-    x = _embed(batch.tokens, weights[EMBEDDING]) if embedded is None else embedded
+    x = _embed(batch.tokens, weights.whole(EMBEDDING, jnp.float32)).astype(form.dtype) if embedded is None else embedded
     rotation = rotations(batch.positions, form.config)
     routing = []
     for index, kind in enumerate(form.config.layer_kinds):

@@ -5,22 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_jax.errors import TrainingError
-from gptoss_jax.finetune.runs import METRICS, TENSORBOARD
 
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 Metrics = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends to a run's files; taken up again, lines after the resumed step are dropped, to be written anew."""
+    """Appends to a run's files, in which what lies after `step`, from where the run goes on, is dropped before."""
 
-    def __init__(self, directory: Path, *, resumed_step: int | None, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, *, step: int, tensorboard: bool) -> None:
         path = directory / METRICS
-        kept = _lines_up_to(path, resumed_step) if resumed_step is not None and path.is_file() else []
+        kept = _lines_up_to(path, step) if path.is_file() else []
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.rename(path)
         self._file = path.open("a")
-        self._events = _events(directory / TENSORBOARD, resumed_step) if tensorboard else None
+        self._events = _events(directory / TENSORBOARD, step) if tensorboard else None
 
     def write(self, metrics: Metrics) -> None:
         """Write one line; its numbers go to TensorBoard by name under the line's `kind`."""
@@ -76,8 +77,8 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _events(directory: Path, resumed_step: int | None) -> Any:
+def _events(directory: Path, step: int) -> Any:
     check_tensorboard()
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
+    return SummaryWriter(str(directory), purge_step=step + 1)

@@ -21,6 +21,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 MAY_CHANGE = ("evaluate_every", "save_every", "keep", "vocabulary_on_host")
 """What a run that is taken up again may have otherwise than before."""
 _LARGEST_SEED = 2**63
+_OF_LORA: tuple[str, ...] = ("rank", "alpha", "targets")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class FineTuning:
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "experts")
-    """What has adapters, among `adapters.TARGETS`."""
+    """What has adapters, among `adapters.TARGETS`. This, rank and alpha are given with `lora` alone."""
 
     vocabulary_on_host: bool = False
     """With `lora`: embedding and unembedding stay in the host's memory, 2.3 GB of the published models. A batch's rows
@@ -47,6 +48,7 @@ class FineTuning:
     steps: int | None = None
     """Updates; None: as many as `epochs` takes."""
     epochs: float = 1.0
+    """Times through the data; not given beside `steps`."""
     batch_size: int = 8
     """Rows of packed conversations an update."""
     accumulate: int = 1
@@ -160,3 +162,8 @@ def _check(settings: FineTuning) -> None:
         some = getattr(settings, name)
         check(bool(some) and set(some) <= set(every), name, f"use some of {', '.join(every)}")
     _ = settings.lora  # refuses what no adapter can be
+    unused = {} if settings.method == "lora" else dict.fromkeys(_OF_LORA, f"method {settings.method} has no adapters")
+    if settings.steps is not None:
+        unused["epochs"] = "steps says how many updates to take"
+    for name, why in unused.items():
+        check(getattr(settings, name) == getattr(FineTuning, name), name, f"leave it out: {why}")

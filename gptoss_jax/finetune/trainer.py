@@ -21,13 +21,14 @@ from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import DataError, TrainingError
 from gptoss_jax.finetune.batches import Batch, Batches
+from gptoss_jax.finetune.checkpoints import Checkpoints, named_disk_errors
 from gptoss_jax.finetune.data import Example, read_examples, split
 from gptoss_jax.finetune.forward import Arrays
 from gptoss_jax.finetune.initial import frozen_parameters, masters, new_adapters
 from gptoss_jax.finetune.metrics import Metrics, MetricsWriter
 from gptoss_jax.finetune.optimizer import learning_rates, optimizer
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.runs import Checkpoints, Description, digest_of, is_run, named_disk_errors
+from gptoss_jax.finetune.runs import Description, digest_of, is_run
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import Frozen, Program, Report, State, program
 from gptoss_jax.manifest import CONFIG, read_manifest
@@ -96,7 +97,7 @@ def fine_tune(
     )
     check_directory(directory, described, resume=resume)
     _check_same(described)
-    made = program(
+    training = program(
         config,
         training_mesh(mesh),
         lora=settings.lora,
@@ -109,10 +110,10 @@ def fine_tune(
     return train(
         described,
         directory,
-        made,
+        training,
         batches,
-        frozen=lambda: frozen_parameters(made, checkpoint) if settings.lora else Frozen(),
-        initial=lambda: new_adapters(made, settings.seed) if settings.lora else masters(made, checkpoint),
+        frozen=lambda: frozen_parameters(training, checkpoint) if settings.lora else Frozen(),
+        initial=lambda: new_adapters(training, settings.seed) if settings.lora else masters(training, checkpoint),
         held_out=held_out,
         resume=resume,
         tensorboard=tensorboard,
@@ -123,7 +124,7 @@ def fine_tune(
 def train(
     described: Description,
     directory: Path,
-    made: Program,
+    program: Program,
     batches: Batches,
     *,
     initial: Callable[[], dict[str, jax.Array]],
@@ -144,9 +145,9 @@ def train(
         with contextlib.closing(Checkpoints(directory, keep=described.settings.keep)) as checkpoints:
             resumed = checkpoints.latest if resume else None
             fixed = frozen()
-            state = made.start(initial()) if resumed is None else checkpoints.restore(made)
-            loop = _Loop(described, made, fixed, batches, held_out, checkpoints, report)
-            with loop.writing(directory, resumed, tensorboard=tensorboard):
+            state = program.start(initial()) if resumed is None else checkpoints.restore(program)
+            loop = _Loop(described, program, fixed, batches, held_out, checkpoints, report)
+            with loop.writing(directory, resumed or 0, tensorboard=tensorboard):
                 return loop.run(state)
 
 
@@ -159,7 +160,7 @@ class _Loop:
     def __init__(
         self,
         described: Description,
-        made: Program,
+        program: Program,
         frozen: Frozen,
         batches: Batches,
         held_out: Batches | None,
@@ -167,20 +168,21 @@ class _Loop:
         report: Callable[[Metrics, int], object],
     ) -> None:
         self._settings, self._steps = described.settings, described.steps
-        self._made, self._frozen = made, frozen
+        self._program, self._frozen = program, frozen
         self._batches, self._held_out = batches, held_out
         self._checkpoints = checkpoints
         self._report = report
         self._rates = learning_rates(self._settings, self._steps)
-        self._update = made.compile_step()
-        self._evaluate = made.compile_evaluation()
+        self._update = program.compile_step()
+        self._evaluate = program.compile_evaluation()
         self._writer: MetricsWriter | None = None
+        self._clock = time.perf_counter()
 
     @contextlib.contextmanager
-    def writing(self, directory: Path, resumed: int | None, *, tensorboard: bool) -> Iterator[None]:
-        """Metrics go to the directory, from the first process."""
+    def writing(self, directory: Path, step: int, *, tensorboard: bool) -> Iterator[None]:
+        """Metrics go to the directory, from the first process, and go on there from `step`."""
         if distributed.is_first():
-            self._writer = MetricsWriter(directory, resumed_step=resumed, tensorboard=tensorboard)
+            self._writer = MetricsWriter(directory, step=step, tensorboard=tensorboard)
         try:
             yield
         finally:
@@ -191,7 +193,6 @@ class _Loop:
         settings, first = self._settings, int(state.step)
         pending: tuple[int, Report, int] | None = None
         loss, evaluation = math.nan, None
-        self._clock = time.perf_counter()
         for step in range(first, self._steps):
             rows = self._batches.at(step)
             state, found = self._update(state, self._frozen.arrays, self._placed(rows, parts=settings.accumulate))
@@ -214,7 +215,7 @@ class _Loop:
 
     def _read(self, step: int, found: Report, num_tokens: int) -> float:
         """Wait for an update, see that it is sound, and write down what it saw."""
-        values = fetch(found, self._made.mesh)
+        values = fetch(found, self._program.mesh)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         loss, norm = float(values.loss), float(values.gradient_norm)
@@ -259,7 +260,7 @@ class _Loop:
         loss = tokens = 0.0
         for step in range(self._held_out.steps_per_epoch(0)):
             batch = self._placed(self._held_out.at(step), parts=1)
-            found = fetch(self._evaluate(state.trained, self._frozen.arrays, batch), self._made.mesh)
+            found = fetch(self._evaluate(state.trained, self._frozen.arrays, batch), self._program.mesh)
             loss, tokens = loss + float(found.loss), tokens + float(found.tokens)
         self._check_sound(done, {"evaluation loss": loss / tokens})
         self._write({"kind": "evaluation", "step": done, "loss": loss / tokens, "tokens": tokens})
@@ -267,7 +268,7 @@ class _Loop:
         return loss / tokens
 
     def _placed(self, rows: Batch, *, parts: int) -> Batch:
-        return self._made.place(rows, parts=parts, embedding=self._frozen.embedding)
+        return self._program.place(rows, parts=parts, embedding=self._frozen.embedding)
 
     def _write(self, metrics: Metrics) -> None:
         if self._writer is not None:
@@ -299,7 +300,7 @@ def _batches(
     if not others and settings.evaluation:
         data, held_out = split(data, settings.evaluation, settings.seed)
 
-    def batches(examples: list[Example], *, shuffle: bool, batch_size: int) -> Batches:
+    def batches(examples: list[Example], file: Path, *, shuffle: bool, batch_size: int) -> Batches:
         return Batches(
             examples,
             batch_size=batch_size,
@@ -307,11 +308,12 @@ def _batches(
             seed=settings.seed,
             shuffle=shuffle,
             truncate=settings.truncate,
+            source=file,
         )
 
     part = settings.batch_size // settings.accumulate
-    evaluated = batches(held_out, shuffle=False, batch_size=part) if held_out else None
-    return batches(data, shuffle=True, batch_size=settings.batch_size), evaluated
+    evaluated = batches(held_out, files[-1], shuffle=False, batch_size=part) if held_out else None
+    return batches(data, files[0], shuffle=True, batch_size=settings.batch_size), evaluated
 
 
 def _steps(batches: Batches, epochs: float) -> int:

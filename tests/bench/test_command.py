@@ -59,6 +59,13 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("nowhere", "no such directory: nowhere: "),
         ("--split --collectives", "--split and --collectives: --collectives: give one of the two"),
         ("--model tiny --collectives", "no sums over devices: --collectives: split the model: "),
+        ("--train lora --plot x.svg", "--plot with --train: --plot: leave out --plot"),
+        ("--train lora --batch 4", "--batch with --train: "),
+        ("--train full --steps 0", "--steps with --train: "),
+        ("--train qat --kernels", "--kernels with --train: "),
+        ("--train lora --targets heads", "targets = ('heads',): settings: use some of attention, router, experts"),
+        ("--model tiny --rank 4", "--rank without --train: --rank: leave out --rank"),
+        ("--model tiny --sequence 16", "--sequence without --train: "),
         ("--memory-limit-gb 16", "no NVIDIA GPU to hold to a limit: --memory-limit-gb: leave it out"),
     ],
 )
@@ -78,6 +85,7 @@ def test_bad_input_is_one_line(
     [
         ("--batch 1,x", "argument --batch: '1,x' is no list of whole numbers: "),
         ("--prefill 4,0", "argument --prefill: 0 is less than 1: "),
+        ("--train lora --sequence 0", "argument --sequence: 0 is less than 1: "),
         ("--model 7b", "argument --model: invalid choice: '7b'"),
     ],
 )

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from gptoss_jax.bench.roofline import training_flops
+from gptoss_jax.bench.roofline import Ceilings, training_flops
 from gptoss_jax.cli import main
 from gptoss_jax.config import gpt_oss_20b
+from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.parameters import num_active_parameters
 
 
@@ -41,6 +42,22 @@ def test_updates_are_measured_and_written(tmp_path, capsys):
             row["flops"] / row["ms"] * 1e3 / content["ceilings"]["dense_flops_per_s"]
         )
     assert "2 x 32" in capsys.readouterr().out
+
+
+def test_defaults_are_the_trainers(monkeypatch):
+    asked = []
+
+    class NoTrainer:
+        def __init__(self, config, name, settings, mesh):
+            asked.append(settings)
+
+        def row(self, *, sequence_length, ceilings):
+            asked.append(sequence_length)
+
+    monkeypatch.setattr("gptoss_jax.bench.training.Trainer", NoTrainer)
+    monkeypatch.setattr("gptoss_jax.bench.timing.ceilings", lambda: Ceilings(1.0, 1.0))
+    assert main(["bench", "--model", "tiny", "--train", "lora"]) == 0
+    assert asked == [FineTuning(batch_size=1), FineTuning().sequence_length]
 
 
 def test_checkpoint_is_no_subject_of_the_training_rows(tmp_path, capsys):

@@ -10,14 +10,15 @@ from convert.expert_matrices import dequantized
 from convert.zarr import open_array, read_rows
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.adapters import LoRA, adapter_shapes
-from gptoss_jax.finetune.runs import Trained
+from gptoss_jax.finetune.runs import digest_of
+from gptoss_jax.finetune.trained import Trained
 from gptoss_jax.manifest import CONFIG, PARAMETERS
 from gptoss_jax.parameters import parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(Trained):
-    """As gptoss_jax/finetune/runs.py opens one, with its arrays in memory."""
+    """As gptoss_jax/finetune/trained.py opens one, with its arrays in memory."""
 
     arrays: dict[str, np.ndarray]
 
@@ -27,7 +28,7 @@ class Run(Trained):
 
 def _run(base: Path, config: ModelConfig, method: str, lora: LoRA | None, arrays: dict[str, np.ndarray]) -> Run:
     shapes = {path: values.shape for path, values in arrays.items()}
-    return Run(base, config, method, lora, step=7, shapes=shapes, folder=base, arrays=arrays)
+    return Run(base, digest_of(base), config, method, lora, step=7, shapes=shapes, folder=base, arrays=arrays)
 
 
 def lora_run(base: Path, *, rank: int = 3, alpha: float = 1.5, targets=("attention", "router", "experts")) -> Run:

@@ -110,6 +110,8 @@ def test_bf16_export_has_the_experts_that_were_trained(
 def test_run_of_masters_needs_no_base(converted: Path, tmp_path: Path, export_run) -> None:
     run = dataclasses.replace(master_run(converted, "full"), base=tmp_path / "gone")
     assert export_run(run).num_tensors == 79
+    with pytest.raises(ConversionError, match="only merging a LoRA reads the base: --base"):
+        export_run(run, base=converted, overwrite=True)
 
 
 def test_report_gives_the_error_of_each_weight(converted: Path, export_run) -> None:

@@ -16,7 +16,7 @@ from gptoss_jax.demo.train import CompactBatches, Rendered, main, train_demo
 from gptoss_jax.errors import DataError, TrainingError
 from gptoss_jax.finetune.batches import Batches
 from gptoss_jax.finetune.placement import trained_shapes
-from gptoss_jax.finetune.runs import open_run
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.parameters import parameters
 from tests.demo.conftest import SMALL, SMALL_SETTINGS
 

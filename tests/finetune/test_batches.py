@@ -91,8 +91,9 @@ def test_conversation_that_exactly_fits_is_kept_whole():
 
 
 def test_too_long_conversations_are_refused_with_their_lines():
-    with pytest.raises(DataError, match=r"2 conversations of over 8 tokens: lines 5, 10: .* length of 10, or truncate"):
-        batches(sequence_length=8)
+    long = r"2 conversations of over 8 tokens: a.jsonl, lines 5, 10: .* length of 10, or truncate"
+    with pytest.raises(DataError, match=long):
+        batches(sequence_length=8, source="a.jsonl")
     long = [make(30, line) for line in range(1, 15)]
     with pytest.raises(DataError, match="lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4 more"):
         batches(long)
@@ -102,8 +103,9 @@ def test_truncation_cuts_the_end_and_refuses_to_cut_all_that_is_trained():
     cut = batches([make(16, 1)], truncate=True).at(0)
     assert cut.targets[0].tolist() == list(range(101, 113))
     assert cut.weights[0].sum() == 5
-    with pytest.raises(DataError, match="1 conversations have nothing to train on in their first 12 tokens: line 2"):
-        batches([make(16, 1), make(40, 2)], truncate=True)
+    untrained = "1 conversations have nothing to train on in their first 12 tokens: a.jsonl, line 2:"
+    with pytest.raises(DataError, match=untrained):
+        batches([make(16, 1), make(40, 2)], truncate=True, source="a.jsonl")
 
 
 def test_no_examples_are_refused():

@@ -1,6 +1,7 @@
 """From a run to safetensors and back: what is exported is what was trained."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,11 +14,11 @@ from convert.converter import convert
 from convert.export import export
 from gptoss_jax.checkpoint import load
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import CheckpointError
+from gptoss_jax.errors import CheckpointError, ConversionError
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.runs import open_run
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import fine_tune
 from gptoss_jax.manifest import CONFIG
 from gptoss_jax.sharding import make_mesh
@@ -84,5 +85,18 @@ def test_run_is_not_merged_into_another_base(demo_checkpoint, chats, tmp_path):
     other = export(demo_checkpoint, tmp_path / "published", dtype="bf16")
     convert(other.destination, tmp_path / "other", quantize=True)
     assert ModelConfig.read(tmp_path / "other" / CONFIG) == ModelConfig.read(demo_checkpoint / CONFIG)
-    with pytest.raises(CheckpointError, match=r"not the checkpoint that .*run was trained on: .*other: .*--base"):
+    with pytest.raises(CheckpointError, match=r"not the checkpoint that the run was trained on: .*other: .*--base"):
         export(run, tmp_path / "out", base=tmp_path / "other")
+
+
+def test_base_that_was_moved_is_asked_for_only_where_it_is_read(demo_checkpoint, chats, tmp_path):
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(demo_checkpoint, base)
+    run = trained(base, chats, tmp_path / "run", rank=2, targets=("router",))
+    base.rename(moved)
+    with pytest.raises(CheckpointError, match=r"the run's base is not there: .*base: say with --base where it is"):
+        export(run, tmp_path / "out")
+    assert export(run, tmp_path / "adapter", peft=True).num_tensors == 2 * 2
+    assert export(run, tmp_path / "out", base=moved).differences
+    with pytest.raises(ConversionError, match=r"only merging a LoRA reads the base: --base .*moved: leave it out"):
+        export(run, tmp_path / "other", peft=True, base=moved)

@@ -25,6 +25,10 @@ from gptoss_jax.finetune.settings import FineTuning
         ({"steps": 0}, "steps = 0"),
         ({"keep": 1}, "keep = 1"),
         ({"optimizer": "sgd", "weight_decay": 0.1}, "weight_decay = 0.1.* use adamw or lion"),
+        ({"method": "full", "rank": 8}, "rank = 8: settings: leave it out: method full has no adapters"),
+        ({"method": "qat", "alpha": 8.0}, "alpha = 8.0: settings: leave it out"),
+        ({"method": "qat", "targets": ["router"]}, "targets = .*: settings: leave it out"),
+        ({"steps": 5, "epochs": 2.0}, "epochs = 2.0: settings: leave it out: steps says"),
         ({"seed": 2**64}, "seed"),
         ({"evaluation": 1.0}, "evaluation = 1.0"),
         ({"channels": ["thoughts"]}, "channels"),
@@ -59,6 +63,17 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path)
     settings = settings_of(_parser().parse_args(line))
     assert (settings.rank, settings.learning_rate, settings.targets) == (6, 0.5, ("router", "experts"))
     assert settings.sequence_length == FineTuning().sequence_length
+
+
+@pytest.mark.parametrize(
+    ("written", "option", "steps", "epochs"),
+    [('{"epochs": 2}', ["--steps", "7"], 7, 1.0), ('{"steps": 7}', ["--epochs", "0.5"], None, 0.5)],
+)
+def test_option_for_the_length_takes_the_place_of_the_files(tmp_path, written, option, steps, epochs):
+    path = tmp_path / "settings.json"
+    path.write_text(written)
+    settings = settings_of(_parser().parse_args(["finetune", "CKPT", "DATA", "RUN", "--settings", str(path), *option]))
+    assert (settings.steps, settings.epochs) == (steps, epochs)
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 2.0), ("linear", 0.2), ("cosine", 0.2)])

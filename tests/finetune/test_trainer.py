@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.cli import main
 from gptoss_jax.errors import CheckpointError, DataError, TrainingError
-from gptoss_jax.finetune.runs import METRICS, open_run, saved_steps
+from gptoss_jax.finetune.checkpoints import saved_steps
+from gptoss_jax.finetune.metrics import METRICS
 from gptoss_jax.finetune.settings import FineTuning
+from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import Result, fine_tune
 from gptoss_jax.sharding import make_mesh
 
@@ -227,6 +230,14 @@ def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeyp
     assert described[0].steps == steps
 
 
+def test_command_trains_for_a_share_of_an_epoch(demo_checkpoint, chats, tmp_path, capsys):
+    options = ["--epochs", "0.2", "--targets", "router", "--batch-size", "2", "--sequence-length", "128"]
+    assert main(["finetune", str(demo_checkpoint), str(chats), str(tmp_path / "run"), *options]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in told] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert saved_steps(tmp_path / "run") == [3]
+
+
 # Orbax' threads go on for a moment after their event loop, and say so to nobody.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk_is_named_and_leaves_the_last_checkpoint(finished, demo_checkpoint, chats, tmp_path):
@@ -261,6 +272,10 @@ def test_rows_must_divide_over_data(demo_checkpoint, chats, tmp_path):
 
 
 def test_conversation_longer_than_a_row_is_refused_before_anything_is_written(demo_checkpoint, chats, tmp_path):
-    with pytest.raises(DataError, match="conversations of over 16 tokens"):
+    with pytest.raises(DataError, match=r"30 conversations of over 16 tokens: .*chats\.jsonl, lines 1, 2, "):
         fine_tune(demo_checkpoint, chats, tmp_path / "run", dataclasses.replace(SETTINGS, sequence_length=16))
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(chats.read_text().replace("3 + 1?", f"{'3 + 1? ' * 40}"))
+    with pytest.raises(DataError, match=r"3 conversations of over 128 tokens: .*held-out\.jsonl, lines 4, 14, 24:"):
+        fine_tune(demo_checkpoint, chats, tmp_path / "run", SETTINGS, evaluation=held_out)
     assert not (tmp_path / "run").exists()
