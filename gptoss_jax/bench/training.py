@@ -20,7 +20,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.batches import Batch
 from gptoss_jax.finetune.initial import checkpoint_leaves, new_adapters, prepared
 from gptoss_jax.finetune.optimizer import optimizer
-from gptoss_jax.finetune.placement import training_mesh
+from gptoss_jax.finetune.placement import EMBEDDING, UNEMBEDDING, training_mesh
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import Frozen, Program, program
 
@@ -78,8 +78,8 @@ class Trainer:
             trained = random_arrays(self._program.trained_leaves)
         else:
             leaves = checkpoint_leaves(self._program, jnp.bfloat16)
-            # The largest first: drawing takes as much again, which must not come on top of all others.
-            leaves = dict(sorted(leaves.items(), key=lambda item: -item[1].size))
+            # The vocabulary first: to draw it takes as much again, which must not come on top of all others.
+            leaves = dict(sorted(leaves.items(), key=lambda leaf: leaf[0] not in (EMBEDDING, UNEMBEDDING)))
             self._frozen = prepared(self._program, random_arrays(leaves))
             trained = new_adapters(self._program, seed=0)
         self._state: Any = self._program.start(trained)
