@@ -4,6 +4,7 @@ With random weights of a published shape, drawn where they stay, and rows of ran
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -18,9 +19,9 @@ from gptoss_jax.bench.timing import measure
 from gptoss_jax.bench.weights import random_arrays
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.batches import Batch
-from gptoss_jax.finetune.initial import checkpoint_leaves, new_adapters, prepared
+from gptoss_jax.finetune.initial import frozen, new_adapters
 from gptoss_jax.finetune.optimizer import optimizer
-from gptoss_jax.finetune.placement import EMBEDDING, UNEMBEDDING, training_mesh
+from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import Frozen, Program, program
 
@@ -77,10 +78,8 @@ class Trainer:
             self._frozen = Frozen()
             trained = random_arrays(self._program.trained_leaves)
         else:
-            leaves = checkpoint_leaves(self._program, jnp.bfloat16)
-            # The vocabulary first: to draw it takes as much again, which must not come on top of all others.
-            leaves = dict(sorted(leaves.items(), key=lambda leaf: leaf[0] not in (EMBEDDING, UNEMBEDDING)))
-            self._frozen = prepared(self._program, random_arrays(leaves))
+            seeds = itertools.count()
+            self._frozen = frozen(self._program, lambda leaves: random_arrays(leaves, seed=next(seeds)))
             trained = new_adapters(self._program, seed=0)
         self._state: Any = self._program.start(trained)
 

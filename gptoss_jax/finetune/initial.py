@@ -1,12 +1,14 @@
 """Where a run begins: a checkpoint's parameters as masters, or kept frozen beside new adapters."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.checkpoint import restore
@@ -17,46 +19,56 @@ from gptoss_jax.finetune.step import Frozen, Program
 from gptoss_jax.model.layers import rearranged
 from gptoss_jax.parameters import parameters
 from gptoss_jax.sharding import MODEL_AXES, put
-from pallas_kernels.experts import HopperExperts, preparable, prepare, prepared_order
+from pallas_kernels.experts import ExpertWeights, HopperExperts, preparable, prepare, prepared_order
 from pallas_kernels.experts.hopper_trainable import NARROWEST
 from pallas_kernels.mxfp4 import MXFP4, dequantize
+
+Read = Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
 
 def frozen_parameters(made: Program, checkpoint: Path) -> Frozen:
     """All parameters of a checkpoint, the experts packed, for a run that trains adapters."""
-    return prepared(made, restore(checkpoint, checkpoint_leaves(made, made.form.dtype)))
+    return frozen(made, functools.partial(restore, checkpoint))
 
 
-def prepared(made: Program, arrays: dict[str, jax.Array]) -> Frozen:
-    """The same as the program takes them: the embedding on the host if it is to be there, the experts in the order that
-    Hopper's kernels read if they can take them, a layer at a time; the arrays that this replaces are deleted."""
-    embedding = None
+def frozen(made: Program, read: Read) -> Frozen:
+    """What `read` makes of a checkpoint's leaves, as the program takes it.
+
+    A layer's experts at a time are brought into the order that Hopper's kernels read, if they can take them, and before
+    all else is there: the most memory that this takes is little more than what stays.
+    """
+    leaves = checkpoint_leaves(made, made.form.dtype)
+    arrays, embedding = {}, None
     if made.vocabulary_on_host:
-        placed = arrays.pop(EMBEDDING)
+        [placed] = read({EMBEDDING: leaves.pop(EMBEDDING)}).values()
         embedding = np.array(placed)
         placed.delete()
-    return Frozen(_in_kernels_order(made, arrays), embedding)
+        arrays |= read({UNEMBEDDING: leaves.pop(UNEMBEDDING)})
+    for layer in range(made.form.config.num_layers):
+        paths = expert_paths(f"layers.{layer}.")
+        arrays |= _in_kernels_order(made, read({path: leaves.pop(path) for path in paths}), paths)
+    return Frozen(arrays | read(leaves), embedding)
 
 
-def _in_kernels_order(made: Program, frozen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _in_kernels_order(made: Program, experts: dict[str, jax.Array], paths: Sequence[str]) -> dict[str, jax.Array]:
     """Float32 models, narrow ones and other platforms keep the published order: there the experts' gradients come of
     XLA's own products."""
     config = made.form.config
+    published = published_experts(experts, paths)
     with jax.set_mesh(made.mesh):
         narrow = min(config.hidden_size, config.intermediate_size) < NARROWEST
         if narrow or made.form.dtype != jnp.bfloat16 or prepared_order() is not HopperExperts:
-            return frozen
-        layers = [expert_paths(f"layers.{layer}.") for layer in range(config.num_layers)]
-        if not all(
-            preparable(published_experts(frozen, paths), experts_per_token=config.experts_per_token) for paths in layers
-        ):
-            return frozen
-        everywhere = P(MODEL_AXES)
-        pack = jax.jit(jax.shard_map(prepare, in_specs=everywhere, out_specs=everywhere, check_vma=False))
-        for paths in layers:
-            packed = rearranged(pack, published_experts(frozen, paths))
-            frozen |= zip(paths, (getattr(packed, field.name) for field in dataclasses.fields(packed)), strict=True)
-    return frozen
+            return experts
+        if not preparable(published, experts_per_token=config.experts_per_token):
+            return experts
+        packed = rearranged(_pack(made.mesh), published)
+    return dict(zip(paths, (getattr(packed, field.name) for field in dataclasses.fields(packed)), strict=True))
+
+
+@functools.cache
+def _pack(mesh: Mesh) -> Callable[[ExpertWeights], HopperExperts]:
+    everywhere = P(MODEL_AXES)
+    return jax.jit(jax.shard_map(prepare, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
 
 
 def new_adapters(made: Program, seed: int) -> dict[str, jax.Array]:
@@ -86,7 +98,7 @@ def masters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
 def checkpoint_leaves(made: Program, dtype: jnp.dtype | type) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of a checkpoint in this dtype, placed as one that is frozen; packed bytes as they are.
 
-    Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `prepared` to take from there.
+    Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `frozen` to take from there.
     """
     places = {path: NamedSharding(made.mesh, spec) for path, spec in frozen_specs(made.form.config, made.mesh).items()}
     if made.vocabulary_on_host:

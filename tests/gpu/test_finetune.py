@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 from gptoss_jax.bench.weights import random_arrays
 from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.finetune.initial import checkpoint_leaves, new_adapters, prepared
+from gptoss_jax.finetune.initial import frozen, new_adapters
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.step import program
 from gptoss_jax.sharding import make_mesh
@@ -80,7 +81,7 @@ def found(x, weights, ids, routing, adapters: ExpertAdapters | None, d_y):  # no
 @pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapters"])
 @pytest.mark.parametrize(
     ("weights", "num_tokens", "choices"),
-    [(32, 65, "spread"), (32, 700, "skewed"), (32, 512, "one expert"), (32, 512, "elsewhere"), (128, 512, "skewed")],
+    [(32, 65, "spread"), (32, 512, "elsewhere"), (128, 512, "skewed")],
     indirect=["weights"],
 )
 def test_experts_gradients_are_those_of_float32(weights, num_tokens, choices, adapted):  # noqa: F811
@@ -120,22 +121,26 @@ def updated(dtype: str, *, vocabulary_on_host: bool = False):
         update=optax.sgd(1.0),
         vocabulary_on_host=vocabulary_on_host,
     )
-    # The weights are the same in both dtypes.
-    drawn = random_arrays(checkpoint_leaves(update, jnp.bfloat16))
-    drawn = {
-        path: jax.device_put(array.astype(dtype), array.sharding) if array.dtype == jnp.bfloat16 else array
-        for path, array in drawn.items()
-    }
-    frozen = prepared(update, drawn)
+
+    def read(leaves):
+        """The same values in both dtypes, whatever else is read with them."""
+        found = {}
+        for path, leaf in leaves.items():
+            dtype = jnp.bfloat16 if leaf.dtype == update.form.dtype else leaf.dtype
+            drawn = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+            found |= random_arrays({path: drawn}, seed=zlib.crc32(path.encode()))
+        return {path: array.astype(leaves[path].dtype) for path, array in found.items()}
+
+    held = frozen(update, read)
     before = new_adapters(update, seed=3)
     for path, array in before.items():  # none of the second factors zero, or half of the gradients would be
         before[path] = jax.random.normal(jax.random.key(len(path)), array.shape) * 0.02
     start = {path: np.asarray(array) for path, array in before.items()}
     batch = random_batch([[400, 300, 200]], sequence_length=1024, vocab_size=CONFIG.vocab_size)
-    placed = update.place(batch, parts=1, embedding=frozen.embedding)
-    state, report = update.compile_step()(update.start(before), frozen.arrays, placed)
+    placed = update.place(batch, parts=1, embedding=held.embedding)
+    state, report = update.compile_step()(update.start(before), held.arrays, placed)
     gradients = {path: start[path] - np.asarray(array) for path, array in state.trained.items()}
-    return float(report.loss), gradients, frozen.arrays["unembedding.weight"].sharding.memory_kind
+    return float(report.loss), gradients, held.arrays["unembedding.weight"].sharding.memory_kind
 
 
 def test_update_is_near_that_of_float32():

@@ -1,6 +1,6 @@
 """An update of a LoRA fine-tuning, lowered for GPUs that need not be there."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.batches import Batch
-from gptoss_jax.finetune.initial import checkpoint_leaves, prepared
+from gptoss_jax.finetune.initial import frozen
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import DATA, training_mesh
 from gptoss_jax.finetune.settings import FineTuning
@@ -27,10 +27,10 @@ def lowered_update(config: ModelConfig, mesh: Mesh, *, sequence_length: int) -> 
         dtype=jnp.bfloat16,
         update=optimizer(settings, steps=100),
     )
-    frozen: Any = checkpoint_leaves(update, jnp.bfloat16)
     ints, floats = (
         jax.ShapeDtypeStruct((1, 1, sequence_length), dtype, sharding=NamedSharding(update.mesh, P(None, DATA)))
         for dtype in (jnp.int32, jnp.float32)
     )
+    held = frozen(update, lambda leaves: cast(Any, leaves))
     batch = Batch(tokens=ints, targets=ints, weights=floats, segments=ints, positions=ints)
-    return update.compile_step().lower(update.state_leaves, prepared(update, frozen).arrays, batch)
+    return update.compile_step().lower(update.state_leaves, held.arrays, batch)
