@@ -23,9 +23,9 @@ from gptoss_jax.model.transformer import Transformer
 from pallas_kernels.projections import reference
 
 MISLEADING = ("interleaving", "window", "yarn")
-"""The shipped model answers wrong."""
+"""With one of these the shipped model answers wrong."""
 SUBTLE = ("sinks", "router")
-"""It answers right, being too sure of its words; only numbers tell (docs/demo.md)."""
+"""With one of these it answers right, being too sure of its words; only numbers tell (docs/demo.md)."""
 FAULTS = (*MISLEADING, *SUBTLE)
 
 
