@@ -45,6 +45,7 @@ parity: $(VENV)/installed-dev
 parity-golden: $(VENV)/installed-dev
 	sh tests/parity/make_environment.sh
 	JAX_PLATFORMS=cpu $(PYTHON) -m tests.parity.oracles
+	JAX_PLATFORMS=cpu $(PYTHON) -m tests.parity.demo
 
 $(VENV)/bin/python:
 	@for name in $(CANDIDATES); do \

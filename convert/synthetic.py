@@ -1,4 +1,4 @@
-"""Seeded random checkpoints in the published layouts, for tests, measurements and the demo.
+"""Seeded random checkpoints in the published layouts, for tests and measurements.
 
     python -m convert.synthetic OUT --model tiny|20b|120b --layout hf|original|bf16 --seed N --shards K
 

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gptoss-jax {version('gptoss-jax')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in (
-        ("demo", "make a small random checkpoint, convert it, and chat with it", _add_demo_arguments, _run_demo),
+        ("demo", "convert a tiny trained model, and chat with it", _add_demo_arguments, _run_demo),
         ("convert", "published safetensors to a sharded Orbax checkpoint", add_convert_arguments, run_convert),
         ("inspect", "describe a checkpoint, published or converted", add_inspect_arguments, run_inspect),
         ("verify", "check a converted checkpoint, bit for bit or by the model's output", _add_verify, _run_verify),
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Make a small random checkpoint, convert, verify and restore it, and chat one turn with it."
+    parser.description = "Convert, verify and restore a tiny trained model, and ask it four questions."
     parser.add_argument("--directory", type=Path, help="where to keep it (default: in the user's cache folder)")
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from convert.converter import convert
 from convert.synthetic import MODELS, write_checkpoint
+from gptoss_jax.demo import make_checkpoint
 from gptoss_jax.model.transformer import Transformer
 from tests.tiny import random_model
 
@@ -45,3 +46,9 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "published", MODELS["tiny"](), seed=4)
     convert(folder / "published", folder / "converted", progress=io.StringIO())
     return folder / "converted"
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model that is shipped, converted."""
+    return make_checkpoint(tmp_path_factory.mktemp("trained") / "demo")

@@ -117,15 +117,20 @@ def residuals(model: GptOssForCausalLM, tokens: np.ndarray) -> np.ndarray:
     return torch.stack(seen).numpy()
 
 
-def greedy(model: GptOssForCausalLM, tokens: np.ndarray, lengths: np.ndarray, *, num_tokens: int) -> np.ndarray:
-    """Each row continued greedily by transformers' own cached generation [B, num_tokens]."""
+def greedy(
+    model: GptOssForCausalLM, tokens: np.ndarray, lengths: np.ndarray, *, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each row continued greedily by transformers' own cached generation, and each token's margin [B, num_tokens]."""
     model.generation_config.update(eos_token_id=None, bos_token_id=None, pad_token_id=None, do_sample=False)
-    rows = []
+    model.generation_config.update(return_dict_in_generate=True, output_logits=True)
+    rows, margins = [], []
     for row, length in enumerate(lengths):
         ids = torch.from_numpy(tokens[row : row + 1, :length]).long()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens)
-        rows.append(out[0, length:].int().numpy())
-    return np.stack(rows)
+        rows.append(out.sequences[0, length:].int().numpy())
+        best = torch.stack([logits[0].topk(2).values for logits in out.logits])
+        margins.append((best[:, 0] - best[:, 1]).numpy())
+    return np.stack(rows), np.stack(margins)
 
 
 def main() -> None:
@@ -156,7 +161,9 @@ def main() -> None:
         for name in names:
             tokens, lengths = prompts[f"{name}.tokens"], prompts[f"{name}.lengths"]
             if options.greedy:
-                out[f"{name}.greedy"] = greedy(model, tokens, lengths, num_tokens=options.greedy)
+                out[f"{name}.greedy"], out[f"{name}.margins"] = greedy(
+                    model, tokens, lengths, num_tokens=options.greedy
+                )
             if options.only_greedy:
                 continue
             out[f"{name}.logits"] = alone(model, tokens, lengths)

@@ -9,6 +9,7 @@ Everything goes through files, as the oracles run in an environment of their own
                    NAME.residuals              float32 [L + 1, T, D] (prompts of one row): see the oracles
                    NAME.padded_left, _right    float32 [B, T, V] (prompts of several rows; transformers)
                    NAME.greedy                 int32 [B, N], the rows' greedy continuation (transformers)
+                   NAME.margins                float32 [B, N], how far its logits are above the second
                    NAME.without.PART           float32 [B, T, V], with one part of the model broken (transformers)
 """
 
