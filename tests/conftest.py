@@ -40,7 +40,7 @@ def tiny_model() -> Transformer:
 
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted checkpoint of random weights and the real vocabulary, beside the published one it is made of."""
     folder = tmp_path_factory.mktemp("demo")
     write_checkpoint(folder / "published", MODELS["tiny"](), seed=4)

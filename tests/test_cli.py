@@ -150,8 +150,8 @@ def test_bug_is_a_traceback(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) 
         main(["generate", "ckpt", "--prompt", "hi"])
 
 
-def test_reader_that_leaves_is_no_error(demo_checkpoint: Path) -> None:
-    arguments = [sys.executable, "-m", "gptoss_jax.cli", "inspect", str(demo_checkpoint)]
+def test_reader_that_leaves_is_no_error(random_checkpoint: Path) -> None:
+    arguments = [sys.executable, "-m", "gptoss_jax.cli", "inspect", str(random_checkpoint)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -284,24 +284,24 @@ def test_model_without_the_vocabulary_is_refused_by_name(tmp_path: Path, capsys:
     assert "no published log-probabilities for this architecture" in capsys.readouterr().err
 
 
-def test_mesh_that_does_not_divide_is_refused(demo_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", str(demo_checkpoint), "--mesh", "tensor=4"]) == 2
+def test_mesh_that_does_not_divide_is_refused(random_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(random_checkpoint), "--mesh", "tensor=4"]) == 2
     assert "2 kv heads do not divide over tensor = 4" in capsys.readouterr().err
 
 
 def test_golden_check_reads_the_model(
-    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The demo checkpoint stands in for real weights, its own log-probabilities for the published ones."""
     prompt, text = "Roses are red, violets", " are blue, I love you."
-    model = gptoss_jax.load(demo_checkpoint)
+    model = gptoss_jax.load(random_checkpoint)
     ids = encode(prompt + text)
     logits = np.asarray(model(np.array([ids], np.int32)), np.float64)[0]
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     first = len(encode(prompt))
     published = [float(logprobs[position - 1, ids[position]]) for position in range(first, len(ids))]
 
-    arguments = ["verify", str(demo_checkpoint), "--golden"]
+    arguments = ["verify", str(random_checkpoint), "--golden"]
     monkeypatch.setattr("convert.golden.target_for", lambda config: GoldenTarget(prompt, text, tuple(published)))
     assert main(arguments) == 0
     table = capsys.readouterr().out
@@ -317,8 +317,8 @@ def test_golden_check_reads_the_model(
 
 
 @pytest.mark.slow
-def test_generate_from_the_demo_checkpoint(demo_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", str(demo_checkpoint), "--prompt", "What is 2 + 2?", "--max-new-tokens", "24", "--json"]
+def test_generate_from_the_random_checkpoint(random_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(random_checkpoint), "--prompt", "What is 2 + 2?", "--max-new-tokens", "24", "--json"]
     reports = []
     for _ in range(2):
         assert main([*arguments, "--reasoning", "low", "--seed", "5"]) == 0

@@ -35,7 +35,7 @@ def test_result_says_where_it_is_from(result: dict[str, Any]) -> None:
 def test_rows_of_a_result_are_whole(result: dict[str, Any]) -> None:
     devices = math.prod(result.get("mesh", {}).values())
     read, dense = (devices * result["ceilings"][key] for key in ("read_bytes_per_s", "dense_flops_per_s"))
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if "method" not in row):
         name = f"{row['model']} {row['phase']} {row['batch']} {row['context']}"
         assert set(row) >= keys.ROW, name
         assert row["phase"] in ("decode", "prefill", "kernel"), name
@@ -46,3 +46,16 @@ def test_rows_of_a_result_are_whole(result: dict[str, Any]) -> None:
         if row["phase"] == "decode":
             assert row["launches"] > 0, name
             assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"]), name
+
+
+def test_rows_of_training_are_whole(result: dict[str, Any]) -> None:
+    dense = math.prod(result["mesh"].values()) * result["ceilings"]["dense_flops_per_s"] if "mesh" in result else 0
+    for row in (row for row in result["rows"] if "method" in row):
+        name = f"{row['model']} {row['method']} {row['rows']} x {row['sequence_length']}"
+        seconds = row["ms"] / 1e3
+        assert min(seconds, row["spread"], row["compile_s"], row["peak_bytes"]) > 0, name
+        assert row["tokens_per_s"] == pytest.approx(row["rows"] * row["sequence_length"] / seconds), name
+        assert row["flops_utilisation"] == pytest.approx(row["flops"] / seconds / dense), name
+        assert (row["rank"] is None) == (row["method"] != "lora"), name
+        if "memory" in result:
+            assert row["peak_bytes"] <= result["memory"]["jax_limit_bytes"], name

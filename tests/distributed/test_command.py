@@ -18,9 +18,18 @@ def command(port: int, process_id: int, *arguments: object, **options) -> subpro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_process_ends_the_other_with_one_line(demo_checkpoint: Path, killed: int) -> None:
+def test_killed_process_ends_the_other_with_one_line(random_checkpoint: Path, killed: int) -> None:
     port = free_port()
-    arguments = ("generate", demo_checkpoint, "--raw", "--prompt", "Hi", "--max-new-tokens", 100_000, "--mesh=expert=2")
+    arguments = (
+        "generate",
+        random_checkpoint,
+        "--raw",
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        100_000,
+        "--mesh=expert=2",
+    )
     processes = [command(port, process_id, *arguments) for process_id in range(2)]
     assert processes[0].stdout is not None
     assert processes[0].stdout.read(1), "it has begun to answer"
@@ -39,10 +48,10 @@ def test_killed_process_ends_the_other_with_one_line(demo_checkpoint: Path, kill
 
 
 @pytest.mark.slow
-def test_chat_reads_and_writes_in_process_0(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_chat_reads_and_writes_in_process_0(random_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("Hello\n/reset\nAgain\n")
     port = free_port()
-    arguments = ("chat", demo_checkpoint, "--json", "--max-new-tokens", 4, "--mesh", "tensor=2")
+    arguments = ("chat", random_checkpoint, "--json", "--max-new-tokens", 4, "--mesh", "tensor=2")
     with (tmp_path / "lines").open() as lines:
         first, second = finish([command(port, 0, *arguments, stdin=lines), command(port, 1, *arguments)])
     assert second == (0, "", "")
@@ -64,11 +73,14 @@ def test_different_arguments_are_named_by_both(tmp_path: Path) -> None:
     assert ended == [(2, "", line), (2, "", line)]
 
 
-def test_error_of_one_is_told_to_the_other(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_error_of_one_is_told_to_the_other(random_checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
     arguments = ("--prompt", "hi", "--mesh", "expert=2")
     first, second = finish(
-        [command(port, 0, "generate", demo_checkpoint, *arguments), command(port, 1, "generate", tmp_path, *arguments)]
+        [
+            command(port, 0, "generate", random_checkpoint, *arguments),
+            command(port, 1, "generate", tmp_path, *arguments),
+        ]
     )
     assert second[:2] == first[:2] == (2, "")
     assert second[2].startswith(f"gptoss-jax: no manifest.json: {tmp_path}: name a directory")

@@ -44,19 +44,19 @@ def saved(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(demo_checkpoint: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(random_checkpoint: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that share the rows."""
     directory = tmp_path_factory.mktemp("runs") / "two"
-    finetune(demo_checkpoint, chats, directory, "--mesh", "data=2")
+    finetune(random_checkpoint, chats, directory, "--mesh", "data=2")
     assert saved(directory) == ["1", "2"]
     return directory
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_updates_of_one(
-    run: Path, demo_checkpoint: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, random_checkpoint: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["finetune", *map(str, (demo_checkpoint, chats, tmp_path / "one", *OPTIONS))]) == 0
+    assert main(["finetune", *map(str, (random_checkpoint, chats, tmp_path / "one", *OPTIONS))]) == 0
     alone = losses(capsys.readouterr().out)
     assert losses((run / "metrics.jsonl").read_text()) == pytest.approx(alone, rel=1e-4)
     assert len(alone) == 2
@@ -64,13 +64,13 @@ def test_two_processes_take_the_updates_of_one(
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_others_stopped(
-    run: Path, demo_checkpoint: Path, chats: Path, tmp_path: Path
+    run: Path, random_checkpoint: Path, chats: Path, tmp_path: Path
 ) -> None:
     """On another mesh: they share the experts."""
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
     shutil.rmtree(stopped / "checkpoints" / "2")
-    found = finetune(demo_checkpoint, chats, stopped, "--mesh", "expert=2", "--resume")
+    found = finetune(random_checkpoint, chats, stopped, "--mesh", "expert=2", "--resume")
     both = losses((run / "metrics.jsonl").read_text())
     assert found == pytest.approx(both[1:], rel=1e-4)
     assert losses((stopped / "metrics.jsonl").read_text()) == [both[0], *found]

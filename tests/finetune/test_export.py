@@ -40,8 +40,8 @@ def trained(checkpoint, chats, directory, **settings):
     return directory
 
 
-def test_quantization_aware_run_exports_the_weights_that_it_trained(demo_checkpoint, chats, tmp_path):
-    run = trained(demo_checkpoint, chats, tmp_path / "run", method="qat", optimizer="sgd", learning_rate=0.1)
+def test_quantization_aware_run_exports_the_weights_that_it_trained(random_checkpoint, chats, tmp_path):
+    run = trained(random_checkpoint, chats, tmp_path / "run", method="qat", optimizer="sgd", learning_rate=0.1)
     export(run, tmp_path / "published")
     convert(tmp_path / "published", tmp_path / "converted")
     batch = random_batch([[40], [40]], sequence_length=40, vocab_size=201088)
@@ -49,7 +49,7 @@ def test_quantization_aware_run_exports_the_weights_that_it_trained(demo_checkpo
 
     made, masters = by_hand(run)
     sums = made.compile_evaluation()(masters, {}, made.place(batch, parts=1))
-    before = mean_loss(load(demo_checkpoint, dtype=jnp.float32, impl="reference"), batch)
+    before = mean_loss(load(random_checkpoint, dtype=jnp.float32, impl="reference"), batch)
     assert found == pytest.approx(float(sums.loss / sums.tokens), rel=1e-5)
     assert abs(found - before) > 1e-3, "the run changed too little for this to fail"
 
@@ -68,30 +68,30 @@ def by_hand(run):
     return made, masters
 
 
-def test_merged_adapters_of_attention_change_attention_alone(demo_checkpoint, chats, tmp_path):
-    run = trained(demo_checkpoint, chats, tmp_path / "run", rank=2, targets=("attention",), learning_rate=0.05)
+def test_merged_adapters_of_attention_change_attention_alone(random_checkpoint, chats, tmp_path):
+    run = trained(random_checkpoint, chats, tmp_path / "run", rank=2, targets=("attention",), learning_rate=0.05)
     found = export(run, tmp_path / "published")
     assert {difference.path.split(".")[2] for difference in found.differences} == {"attention"}
     changed = convert(tmp_path / "published", tmp_path / "converted").sha256
     from gptoss_jax.manifest import read_manifest
 
-    before = read_manifest(demo_checkpoint).sha256
+    before = read_manifest(random_checkpoint).sha256
     differing = {path.split(".", 2)[2] for path in changed if changed[path] != before[path]}
     assert differing == {f"attention.{name}.weight" for name in ("query", "key", "value", "output")}
 
 
-def test_run_is_not_merged_into_another_base(demo_checkpoint, chats, tmp_path):
-    run = trained(demo_checkpoint, chats, tmp_path / "run", rank=2, targets=("attention",))
-    other = export(demo_checkpoint, tmp_path / "published", dtype="bf16")
+def test_run_is_not_merged_into_another_base(random_checkpoint, chats, tmp_path):
+    run = trained(random_checkpoint, chats, tmp_path / "run", rank=2, targets=("attention",))
+    other = export(random_checkpoint, tmp_path / "published", dtype="bf16")
     convert(other.destination, tmp_path / "other", quantize=True)
-    assert ModelConfig.read(tmp_path / "other" / CONFIG) == ModelConfig.read(demo_checkpoint / CONFIG)
+    assert ModelConfig.read(tmp_path / "other" / CONFIG) == ModelConfig.read(random_checkpoint / CONFIG)
     with pytest.raises(CheckpointError, match=r"not the checkpoint that the run was trained on: .*other: .*--base"):
         export(run, tmp_path / "out", base=tmp_path / "other")
 
 
-def test_base_that_was_moved_is_asked_for_only_where_it_is_read(demo_checkpoint, chats, tmp_path):
+def test_base_that_was_moved_is_asked_for_only_where_it_is_read(random_checkpoint, chats, tmp_path):
     base, moved = tmp_path / "base", tmp_path / "moved"
-    shutil.copytree(demo_checkpoint, base)
+    shutil.copytree(random_checkpoint, base)
     run = trained(base, chats, tmp_path / "run", rank=2, targets=("router",))
     base.rename(moved)
     with pytest.raises(CheckpointError, match=r"the run's base is not there: .*base: say with --base where it is"):

@@ -27,12 +27,12 @@ ADAPTERS = LoRA(rank=2, alpha=2.0, targets=("attention", "router", "experts"))
 
 
 @pytest.mark.parametrize(("lora", "on_host"), [(None, False), (ADAPTERS, False), (ADAPTERS, True)], ids=str)
-def test_run_begins_at_the_loss_of_the_loaded_model(demo_checkpoint, lora, on_host):
+def test_run_begins_at_the_loss_of_the_loaded_model(random_checkpoint, lora, on_host):
     batch = random_batch([[48], [48]], sequence_length=48, vocab_size=201088)
-    begun = made(demo_checkpoint, lora, vocabulary_on_host=on_host, data=2, expert=2)
-    frozen = frozen_parameters(begun, demo_checkpoint) if lora else Frozen()
-    trained = new_adapters(begun, seed=1) if lora else masters(begun, demo_checkpoint)
-    expected = mean_loss(load(demo_checkpoint, dtype=jnp.float32, impl="reference"), batch)
+    begun = made(random_checkpoint, lora, vocabulary_on_host=on_host, data=2, expert=2)
+    frozen = frozen_parameters(begun, random_checkpoint) if lora else Frozen()
+    trained = new_adapters(begun, seed=1) if lora else masters(begun, random_checkpoint)
+    expected = mean_loss(load(random_checkpoint, dtype=jnp.float32, impl="reference"), batch)
     sums = begun.compile_evaluation()(trained, frozen.arrays, begun.place(batch, parts=1, embedding=frozen.embedding))
     assert float(sums.loss / sums.tokens) == pytest.approx(expected, rel=1e-5)
     if on_host:
@@ -41,10 +41,11 @@ def test_run_begins_at_the_loss_of_the_loaded_model(demo_checkpoint, lora, on_ho
         assert {path for path, kind in kinds.items() if kind == "pinned_host"} == {"unembedding.weight"}
 
 
-def test_adapters_depend_on_the_seed_alone(demo_checkpoint):
+def test_adapters_depend_on_the_seed_alone(random_checkpoint):
     lora = LoRA(rank=2, alpha=2.0)
     one, same, other = (
-        new_adapters(made(demo_checkpoint, lora, **axes), seed) for axes, seed in (({}, 1), ({"expert": 4}, 1), ({}, 2))
+        new_adapters(made(random_checkpoint, lora, **axes), seed)
+        for axes, seed in (({}, 1), ({"expert": 4}, 1), ({}, 2))
     )
     path = "layers.1.attention.query.weight.lora_a"
     np.testing.assert_array_equal(one[path], same[path])

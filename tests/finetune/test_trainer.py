@@ -44,12 +44,12 @@ def chats(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(demo_checkpoint, chats, tmp_path_factory):
+def finished(random_checkpoint, chats, tmp_path_factory):
     """A run that nothing interrupted, and its result."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     shown = []
     result = fine_tune(
-        demo_checkpoint, chats, directory, SETTINGS, dtype="float32", report=lambda *line: shown.append(line)
+        random_checkpoint, chats, directory, SETTINGS, dtype="float32", report=lambda *line: shown.append(line)
     )
     return directory, result, shown
 
@@ -99,12 +99,12 @@ def test_absent_step_and_absent_run_are_named(finished, tmp_path):
         open_run(tmp_path)
 
 
-def test_killed_run_goes_on_with_the_same_losses_to_the_bit(finished, demo_checkpoint, chats, tmp_path):
+def test_killed_run_goes_on_with_the_same_losses_to_the_bit(finished, random_checkpoint, chats, tmp_path):
     directory = tmp_path / "run"
     settings = tmp_path / "settings.json"
     # A save waits for the one before: once step 3 is reported, that of step 1 is complete.
     settings.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(SETTINGS, save_every=1))))
-    command = [sys.executable, "-m", "gptoss_jax.cli", "finetune", str(demo_checkpoint), str(chats), str(directory)]
+    command = [sys.executable, "-m", "gptoss_jax.cli", "finetune", str(random_checkpoint), str(chats), str(directory)]
     command += ["--settings", str(settings), "--dtype", "float32", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -113,15 +113,15 @@ def test_killed_run_goes_on_with_the_same_losses_to_the_bit(finished, demo_check
                 break
     assert process.returncode == -signal.SIGKILL
     assert 1 <= max(saved_steps(directory)) < 4
-    result = fine_tune(demo_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
+    result = fine_tune(random_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
     assert result.step == 4
     assert losses(directory) == losses(finished[0])
 
 
-def test_run_goes_on_on_another_mesh(finished, demo_checkpoint, chats, tmp_path):
+def test_run_goes_on_on_another_mesh(finished, random_checkpoint, chats, tmp_path):
     directory = rewound(finished[0], tmp_path)
     mesh = make_mesh(data=2, expert=2)
-    fine_tune(demo_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True, mesh=mesh)
+    fine_tune(random_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True, mesh=mesh)
     for (step, loss), (_, expected) in zip(losses(directory), losses(finished[0]), strict=True):
         assert loss == pytest.approx(expected, rel=1e-4), step
 
@@ -142,36 +142,36 @@ def rewound(directory, tmp_path):
         ({"steps": 5}, "steps is 5, was 4"),
     ],
 )
-def test_other_settings_are_refused(finished, demo_checkpoint, chats, tmp_path, change, named):
+def test_other_settings_are_refused(finished, random_checkpoint, chats, tmp_path, change, named):
     directory = rewound(finished[0], tmp_path)
     with pytest.raises(TrainingError, match=f"not the run that was started .settings: {named}"):
         fine_tune(
-            demo_checkpoint, chats, directory, dataclasses.replace(SETTINGS, **change), dtype="float32", resume=True
+            random_checkpoint, chats, directory, dataclasses.replace(SETTINGS, **change), dtype="float32", resume=True
         )
     assert saved_steps(directory) == [2]
 
 
-def test_other_dtype_is_refused(finished, demo_checkpoint, chats, tmp_path):
+def test_other_dtype_is_refused(finished, random_checkpoint, chats, tmp_path):
     with pytest.raises(TrainingError, match="dtype differs"):
-        fine_tune(demo_checkpoint, chats, rewound(finished[0], tmp_path), SETTINGS, dtype="bfloat16", resume=True)
+        fine_tune(random_checkpoint, chats, rewound(finished[0], tmp_path), SETTINGS, dtype="bfloat16", resume=True)
 
 
-def test_other_data_is_refused(finished, demo_checkpoint, chats, tmp_path):
+def test_other_data_is_refused(finished, random_checkpoint, chats, tmp_path):
     directory = rewound(finished[0], tmp_path)
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("Count on", "Count up"))
     with pytest.raises(TrainingError, match="data digest differs"):
-        fine_tune(demo_checkpoint, other, directory, SETTINGS, dtype="float32", resume=True)
+        fine_tune(random_checkpoint, other, directory, SETTINGS, dtype="float32", resume=True)
 
 
-def test_existing_run_is_not_written_over(finished, demo_checkpoint, chats, tmp_path):
+def test_existing_run_is_not_written_over(finished, random_checkpoint, chats, tmp_path):
     with pytest.raises(TrainingError, match=r"not empty: .*--resume"):
-        fine_tune(demo_checkpoint, chats, finished[0], SETTINGS)
+        fine_tune(random_checkpoint, chats, finished[0], SETTINGS)
     with pytest.raises(TrainingError, match="no run to resume"):
-        fine_tune(demo_checkpoint, chats, tmp_path, SETTINGS, resume=True)
+        fine_tune(random_checkpoint, chats, tmp_path, SETTINGS, resume=True)
 
 
-def test_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(demo_checkpoint, chats, tmp_path, monkeypatch):
+def test_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(random_checkpoint, chats, tmp_path, monkeypatch):
     """The second update goes astray, which only the third one sees: its checkpoint is no good."""
     monkeypatch.setattr(
         "gptoss_jax.finetune.optimizer.learning_rates",
@@ -179,12 +179,12 @@ def test_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(demo_check
     )
     wild = dataclasses.replace(SETTINGS, optimizer="sgd", clip_norm=1e30, save_every=1)
     with pytest.raises(TrainingError, match=r"loss nan.* at step 3: the last good checkpoint is of step 1"):
-        fine_tune(demo_checkpoint, chats, tmp_path / "run", wild, dtype="float32")
+        fine_tune(random_checkpoint, chats, tmp_path / "run", wild, dtype="float32")
     assert saved_steps(tmp_path / "run") == [1]
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
 
 
-def test_last_state_is_not_saved_if_it_is_no_good(demo_checkpoint, chats, tmp_path, monkeypatch):
+def test_last_state_is_not_saved_if_it_is_no_good(random_checkpoint, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "gptoss_jax.finetune.optimizer.learning_rates", lambda settings, steps: lambda step: jnp.float32(jnp.inf)
     )
@@ -192,18 +192,18 @@ def test_last_state_is_not_saved_if_it_is_no_good(demo_checkpoint, chats, tmp_pa
     with pytest.raises(
         TrainingError, match=r"the largest value .* at step 2: the last good checkpoint is of step None"
     ):
-        fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, dtype="float32")
+        fine_tune(random_checkpoint, chats, tmp_path / "run", settings, dtype="float32")
     assert saved_steps(tmp_path / "run") == []
 
 
-def test_start_that_failed_can_be_made_again(demo_checkpoint, chats, tmp_path, monkeypatch):
+def test_start_that_failed_can_be_made_again(random_checkpoint, chats, tmp_path, monkeypatch):
     """As when it is killed before the first checkpoint."""
     settings = dataclasses.replace(SETTINGS, steps=1)
     with monkeypatch.context() as patch:
         patch.setattr("gptoss_jax.finetune.trainer.frozen_parameters", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
-    assert fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, resume=True).step == 1
+            fine_tune(random_checkpoint, chats, tmp_path / "run", settings)
+    assert fine_tune(random_checkpoint, chats, tmp_path / "run", settings, resume=True).step == 1
 
 
 def test_vocabulary_without_the_conversations_tokens_is_refused(chats, tmp_path):
@@ -217,7 +217,7 @@ def test_vocabulary_without_the_conversations_tokens_is_refused(chats, tmp_path)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 15), (0.2, 3), (2.1, 32)])
-def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeypatch, epochs, steps):
+def test_epochs_are_counted_in_updates(random_checkpoint, chats, tmp_path, monkeypatch, epochs, steps):
     described = []
 
     def no_run(run, *_, **__):
@@ -226,13 +226,13 @@ def test_epochs_are_counted_in_updates(demo_checkpoint, chats, tmp_path, monkeyp
 
     monkeypatch.setattr("gptoss_jax.finetune.trainer.train", no_run)
     settings = dataclasses.replace(SETTINGS, steps=None, epochs=epochs)
-    fine_tune(demo_checkpoint, chats, tmp_path / "run", settings)
+    fine_tune(random_checkpoint, chats, tmp_path / "run", settings)
     assert described[0].steps == steps
 
 
-def test_command_trains_for_a_share_of_an_epoch(demo_checkpoint, chats, tmp_path, capsys):
+def test_command_trains_for_a_share_of_an_epoch(random_checkpoint, chats, tmp_path, capsys):
     options = ["--epochs", "0.2", "--targets", "router", "--batch-size", "2", "--sequence-length", "128"]
-    assert main(["finetune", str(demo_checkpoint), str(chats), str(tmp_path / "run"), *options]) == 0
+    assert main(["finetune", str(random_checkpoint), str(chats), str(tmp_path / "run"), *options]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in told] == ["step 1/3", "step 2/3", "step 3/3"]
     assert saved_steps(tmp_path / "run") == [3]
@@ -240,42 +240,42 @@ def test_command_trains_for_a_share_of_an_epoch(demo_checkpoint, chats, tmp_path
 
 # Orbax' threads go on for a moment after their event loop, and say so to nobody.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_full_disk_is_named_and_leaves_the_last_checkpoint(finished, demo_checkpoint, chats, tmp_path):
+def test_full_disk_is_named_and_leaves_the_last_checkpoint(finished, random_checkpoint, chats, tmp_path):
     directory = rewound(finished[0], tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(TrainingError, match=r"disk full while saving .*last complete step is 2: .*--resume"):
-            fine_tune(demo_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
+            fine_tune(random_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert saved_steps(directory) == [2]
-    fine_tune(demo_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
+    fine_tune(random_checkpoint, chats, directory, SETTINGS, dtype="float32", resume=True)
     assert losses(directory) == losses(finished[0])
 
 
-def test_held_out_conversations_are_measured(demo_checkpoint, chats, tmp_path):
+def test_held_out_conversations_are_measured(random_checkpoint, chats, tmp_path):
     settings = dataclasses.replace(SETTINGS, evaluation=0.2, evaluate_every=2, batch_size=4, accumulate=2)
-    result = fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, dtype="float32", tensorboard=True)
+    result = fine_tune(random_checkpoint, chats, tmp_path / "run", settings, dtype="float32", tensorboard=True)
     measured = lines(tmp_path / "run", "evaluation")
     assert [line["step"] for line in measured] == [2, 4]
     assert measured[1]["loss"] == result.evaluation < measured[0]["loss"]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_rows_must_divide_over_data(demo_checkpoint, chats, tmp_path):
+def test_rows_must_divide_over_data(random_checkpoint, chats, tmp_path):
     settings = dataclasses.replace(SETTINGS, accumulate=2)
     with pytest.raises(TrainingError, match="1 rows at once do not divide over data = 2"):
-        fine_tune(demo_checkpoint, chats, tmp_path / "run", settings, mesh=make_mesh(data=2))
+        fine_tune(random_checkpoint, chats, tmp_path / "run", settings, mesh=make_mesh(data=2))
 
 
-def test_conversation_longer_than_a_row_is_refused_before_anything_is_written(demo_checkpoint, chats, tmp_path):
+def test_conversation_longer_than_a_row_is_refused_before_anything_is_written(random_checkpoint, chats, tmp_path):
     with pytest.raises(DataError, match=r"30 conversations of over 16 tokens: .*chats\.jsonl, lines 1, 2, "):
-        fine_tune(demo_checkpoint, chats, tmp_path / "run", dataclasses.replace(SETTINGS, sequence_length=16))
+        fine_tune(random_checkpoint, chats, tmp_path / "run", dataclasses.replace(SETTINGS, sequence_length=16))
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text(chats.read_text().replace("3 + 1?", f"{'3 + 1? ' * 40}"))
     with pytest.raises(DataError, match=r"3 conversations of over 128 tokens: .*held-out\.jsonl, lines 4, 14, 24:"):
-        fine_tune(demo_checkpoint, chats, tmp_path / "run", SETTINGS, evaluation=held_out)
+        fine_tune(random_checkpoint, chats, tmp_path / "run", SETTINGS, evaluation=held_out)
     assert not (tmp_path / "run").exists()

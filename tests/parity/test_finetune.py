@@ -49,7 +49,7 @@ def chat(number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def tuned(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+def tuned(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     folder = tmp_path_factory.mktemp("tuned")
     data, held_out = folder / "chats.jsonl", folder / "held-out.jsonl"
     data.write_text("".join(map(chat, range(8))))
@@ -62,10 +62,12 @@ def tuned(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tu
         sequence_length=96,
         learning_rate=0.02,
     )
-    result = gptoss_jax.fine_tune(demo_checkpoint, data, folder / "run", settings, evaluation=held_out, dtype="float32")
+    result = gptoss_jax.fine_tune(
+        random_checkpoint, data, folder / "run", settings, evaluation=held_out, dtype="float32"
+    )
     (example,) = read_examples(held_out)
     assert result.evaluation is not None
-    return Tuned(demo_checkpoint.parent / "published", folder / "run", example, result.evaluation)
+    return Tuned(random_checkpoint.parent / "published", folder / "run", example, result.evaluation)
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
