@@ -26,42 +26,42 @@ from pallas_kernels.mxfp4 import MXFP4, dequantize
 Read = Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
 
-def frozen_parameters(made: Program, checkpoint: Path) -> Frozen:
+def frozen_parameters(program: Program, checkpoint: Path) -> Frozen:
     """All parameters of a checkpoint, the experts packed, for a run that trains adapters."""
-    return frozen(made, functools.partial(restore, checkpoint))
+    return frozen(program, functools.partial(restore, checkpoint))
 
 
-def frozen(made: Program, read: Read) -> Frozen:
+def frozen(program: Program, read: Read) -> Frozen:
     """What `read` makes of a checkpoint's leaves, as the program takes it.
 
     A layer's experts at a time are brought into the order that Hopper's kernels read, if they can take them, and before
     all else is there: the most memory that this takes is little more than what stays.
     """
-    leaves = checkpoint_leaves(made, made.form.dtype)
+    leaves = checkpoint_leaves(program, program.form.dtype)
     arrays, embedding = {}, None
-    if made.vocabulary_on_host:
+    if program.vocabulary_on_host:
         [placed] = read({EMBEDDING: leaves.pop(EMBEDDING)}).values()
         embedding = np.array(placed)
         placed.delete()
         arrays |= read({UNEMBEDDING: leaves.pop(UNEMBEDDING)})
-    for layer in range(made.form.config.num_layers):
+    for layer in range(program.form.config.num_layers):
         paths = expert_paths(f"layers.{layer}.")
-        arrays |= _in_kernels_order(made, read({path: leaves.pop(path) for path in paths}), paths)
+        arrays |= _in_kernels_order(program, read({path: leaves.pop(path) for path in paths}), paths)
     return Frozen(arrays | read(leaves), embedding)
 
 
-def _in_kernels_order(made: Program, experts: dict[str, jax.Array], paths: Sequence[str]) -> dict[str, jax.Array]:
+def _in_kernels_order(program: Program, experts: dict[str, jax.Array], paths: Sequence[str]) -> dict[str, jax.Array]:
     """Float32 models, narrow ones and other platforms keep the published order: there the experts' gradients come of
     XLA's own products."""
-    config = made.form.config
+    config = program.form.config
     published = published_experts(experts, paths)
-    with jax.set_mesh(made.mesh):
+    with jax.set_mesh(program.mesh):
         narrow = min(config.hidden_size, config.intermediate_size) < NARROWEST
-        if narrow or made.form.dtype != jnp.bfloat16 or prepared_order() is not HopperExperts:
+        if narrow or program.form.dtype != jnp.bfloat16 or prepared_order() is not HopperExperts:
             return experts
         if not preparable(published, experts_per_token=config.experts_per_token):
             return experts
-        packed = rearranged(_pack(made.mesh), published)
+        packed = rearranged(_pack(program.mesh), published)
     return dict(zip(paths, (getattr(packed, field.name) for field in dataclasses.fields(packed)), strict=True))
 
 
@@ -71,19 +71,19 @@ def _pack(mesh: Mesh) -> Callable[[ExpertWeights], HopperExperts]:
     return jax.jit(jax.shard_map(prepare, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
 
 
-def new_adapters(made: Program, seed: int) -> dict[str, jax.Array]:
+def new_adapters(program: Program, seed: int) -> dict[str, jax.Array]:
     """The adapters of a run that has made no update yet: they change nothing."""
-    assert made.form.lora is not None
-    dims = adapter_dims(made.form.config, made.form.lora)
+    assert program.form.lora is not None
+    dims = adapter_dims(program.form.config, program.form.lora)
     return {
         path: put(initial_adapter(path, dims[path], leaf.shape, seed=seed), leaf.sharding)
-        for path, leaf in made.trained_leaves.items()
+        for path, leaf in program.trained_leaves.items()
     }
 
 
-def masters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
+def masters(program: Program, checkpoint: Path) -> dict[str, jax.Array]:
     """A checkpoint's parameters in float32, the experts dequantized; a layer's packed experts at a time."""
-    stored, trained = checkpoint_leaves(made, jnp.float32), made.trained_leaves
+    stored, trained = checkpoint_leaves(program, jnp.float32), program.trained_leaves
     found = restore(checkpoint, {path: leaf for path, leaf in trained.items() if path in stored})
     for path in stored:
         if not path.endswith(".blocks"):
@@ -95,18 +95,19 @@ def masters(made: Program, checkpoint: Path) -> dict[str, jax.Array]:
     return {path: found[path] for path in trained}
 
 
-def checkpoint_leaves(made: Program, dtype: jnp.dtype | type) -> dict[str, jax.ShapeDtypeStruct]:
+def checkpoint_leaves(program: Program, dtype: jnp.dtype | type) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of a checkpoint in this dtype, placed as one that is frozen; packed bytes as they are.
 
     Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `frozen` to take from there.
     """
-    places = {path: NamedSharding(made.mesh, spec) for path, spec in frozen_specs(made.form.config, made.mesh).items()}
-    if made.vocabulary_on_host:
-        places[EMBEDDING] = NamedSharding(made.mesh, P())
+    specs = frozen_specs(program.form.config, program.mesh)
+    places = {path: NamedSharding(program.mesh, spec) for path, spec in specs.items()}
+    if program.vocabulary_on_host:
+        places[EMBEDDING] = NamedSharding(program.mesh, P())
         places[UNEMBEDDING] = places[UNEMBEDDING].with_memory_kind("pinned_host")
     return {
         path: jax.ShapeDtypeStruct(
             parameter.shape, jnp.uint8 if parameter.dtype == "uint8" else dtype, sharding=places[path]
         )
-        for path, parameter in parameters(made.form.config).items()
+        for path, parameter in parameters(program.form.config).items()
     }

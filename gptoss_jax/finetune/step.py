@@ -125,7 +125,7 @@ class Program:
 
     def compile_step(self) -> Callable[[State, Arrays, Batch], tuple[State, Report]]:
         """The jitted update of a state, whose buffers it takes over; batches come from `place`."""
-        sums = batch_sums(self.form, self.mesh, self.trained_specs, self.frozen_specs, absent_rows=self.absent_rows)
+        sums = self._sums()
 
         def objective(trained: Arrays, frozen: Arrays, part: Batch) -> tuple[Array, Sums]:
             found = sums(trained, frozen, part)
@@ -163,8 +163,11 @@ class Program:
 
     def compile_evaluation(self) -> Callable[[Arrays, Arrays, Batch], Sums]:
         """The jitted sums of a batch; the batch in one part."""
-        sums = batch_sums(self.form, self.mesh, self.trained_specs, self.frozen_specs, absent_rows=self.absent_rows)
+        sums = self._sums()
         return jax.jit(lambda trained, frozen, batch: sums(trained, frozen, jax.tree.map(lambda leaf: leaf[0], batch)))
+
+    def _sums(self) -> Callable[[Arrays, Arrays, Batch], Sums]:
+        return batch_sums(self.form, self.mesh, self.trained_specs, self.frozen_specs, absent_rows=self.absent_rows)
 
 
 def program(

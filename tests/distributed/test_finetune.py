@@ -66,11 +66,11 @@ def test_two_processes_take_the_updates_of_one(
 def test_two_processes_go_on_where_others_stopped(
     run: Path, random_checkpoint: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """On another mesh: they share the experts."""
+    """On another mesh, where they share the experts and the unembedding's rows, which each has in its host's memory."""
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
     shutil.rmtree(stopped / "checkpoints" / "2")
-    found = finetune(random_checkpoint, chats, stopped, "--mesh", "expert=2", "--resume")
+    found = finetune(random_checkpoint, chats, stopped, "--mesh", "expert=2", "--resume", "--vocabulary-on-host")
     both = losses((run / "metrics.jsonl").read_text())
     assert found == pytest.approx(both[1:], rel=1e-4)
     assert losses((stopped / "metrics.jsonl").read_text()) == [both[0], *found]

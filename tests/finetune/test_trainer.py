@@ -75,6 +75,17 @@ def test_loss_falls_and_every_update_is_written_down(finished):
     assert all(line["tokens"] > 0 and 1 <= line["busiest_expert"] <= 8 for line in written)
 
 
+def test_vocabulary_on_the_host_changes_no_loss(random_checkpoint, chats, tmp_path):
+    settings = dataclasses.replace(SETTINGS, accumulate=2, evaluation=0.1, evaluate_every=2)
+    for name, on_host in (("hosted", True), ("plain", False)):
+        one = dataclasses.replace(settings, vocabulary_on_host=on_host)
+        fine_tune(random_checkpoint, chats, tmp_path / name, one, dtype="float32")
+    assert losses(tmp_path / "hosted") == losses(tmp_path / "plain")
+    hosted, plain = (lines(tmp_path / name, "evaluation") for name in ("hosted", "plain"))
+    assert hosted == plain
+    assert [line["step"] for line in hosted] == [2, 4]
+
+
 def test_newest_checkpoints_are_kept(finished):
     directory, _, _ = finished
     assert saved_steps(directory) == [2, 4]
