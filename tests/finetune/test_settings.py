@@ -29,7 +29,6 @@ from gptoss_jax.finetune.settings import FineTuning
         ({"method": "qat", "alpha": 8.0}, "alpha = 8.0: settings: leave it out"),
         ({"method": "qat", "targets": ["router"]}, "targets = .*: settings: leave it out"),
         ({"method": "full", "vocabulary_on_host": True}, "vocabulary_on_host = True: settings: use lora"),
-        ({"vocabulary_on_host": "no"}, "vocabulary_on_host = 'no': settings: give true or false"),
         ({"steps": 5, "epochs": 2.0}, "epochs = 2.0: settings: leave it out: steps says"),
         ({"seed": 2**64}, "seed"),
         ({"evaluation": 1.0}, "evaluation = 1.0"),
