@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     training = options.train is not None
     for name in _OF_STEPS if training else _OF_TRAINING:
         value = getattr(options, name)
-        if value is not None and value is not False:  # which 0 is neither of
+        if value is not None and value is not False:  # 0 was given, and is refused too
             option, joined = f"--{name.replace('_', '-')}", "with" if training else "without"
             raise BenchError(f"{option} {joined} --train", where=option, fix=f"leave out {option}")
 

@@ -19,11 +19,11 @@ from gptoss_jax.bench.timing import measure
 from gptoss_jax.bench.weights import random_arrays
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.batches import Batch
-from gptoss_jax.finetune.initial import frozen, new_adapters
+from gptoss_jax.finetune.initial import new_adapters, read_frozen
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import Frozen, Program, program
+from gptoss_jax.finetune.step import Frozen, Program, make_program
 
 _STEPS = 1000  # of the schedule, which costs the same whatever its length
 
@@ -65,7 +65,7 @@ class Trainer:
 
     def __init__(self, config: ModelConfig, name: str, settings: FineTuning, mesh: Mesh) -> None:
         self._name, self._settings, self._config = name, settings, config
-        self._program: Program = program(
+        self._program: Program = make_program(
             config,
             training_mesh(mesh),
             lora=settings.lora,
@@ -79,7 +79,7 @@ class Trainer:
             trained = random_arrays(self._program.trained_leaves)
         else:
             seeds = itertools.count()
-            self._frozen = frozen(self._program, lambda leaves: random_arrays(leaves, seed=next(seeds)))
+            self._frozen = read_frozen(self._program, lambda leaves: random_arrays(leaves, seed=next(seeds)))
             trained = new_adapters(self._program, seed=0)
         self._state: Any = self._program.start(trained)
 

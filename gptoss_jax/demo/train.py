@@ -38,7 +38,7 @@ from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.runs import Description, is_run
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import make_program
 from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import check_directory, train
 from gptoss_jax.sharding import make_mesh, put
@@ -155,7 +155,7 @@ def train_demo(
         steps=settings.steps or 1,
         dtype=str(dtype),
     )
-    made = program(
+    program = make_program(
         compact,
         training_mesh(make_mesh()),
         lora=None,
@@ -167,12 +167,14 @@ def train_demo(
     )
 
     def initial() -> dict[str, jax.Array]:
-        values = initial_weights(made.shapes, num_layers=whole.num_layers, seed=settings.seed)
-        return {path: put(value, NamedSharding(made.mesh, made.trained_specs[path])) for path, value in values.items()}
+        values = initial_weights(program.shapes, num_layers=whole.num_layers, seed=settings.seed)
+        return {
+            path: put(value, NamedSharding(program.mesh, program.trained_specs[path])) for path, value in values.items()
+        }
 
     batches = CompactBatches(rendered, settings)
     check_directory(run, described, resume=is_run(run))
-    result = train(described, run, made, batches, initial=initial, resume=is_run(run), report=report)
+    result = train(described, run, program, batches, initial=initial, resume=is_run(run), report=report)
     *_, last = (run / METRICS).read_text().splitlines()
     return write_compact(
         directory / WEIGHTS,

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, with a line for each update."""
+    from gptoss_jax.distributed import is_first
     from gptoss_jax.finetune.metrics import check_tensorboard, line
     from gptoss_jax.finetune.trainer import fine_tune
 
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
-    fine_tune(
+    result = fine_tune(
         options.checkpoint,
         options.data,
         options.directory,
@@ -75,6 +76,10 @@ def run(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
         report=show,
     )
+    if not options.json and is_first():
+        sys.stdout.write(
+            f"{result.step} updates are made; gptoss-jax export {options.directory} OUT writes safetensors\n"
+        )
     return 0
 
 

@@ -28,10 +28,10 @@ Read = Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
 def frozen_parameters(program: Program, checkpoint: Path) -> Frozen:
     """All parameters of a checkpoint, the experts packed, for a run that trains adapters."""
-    return frozen(program, functools.partial(restore, checkpoint))
+    return read_frozen(program, functools.partial(restore, checkpoint))
 
 
-def frozen(program: Program, read: Read) -> Frozen:
+def read_frozen(program: Program, read: Read) -> Frozen:
     """What `read` makes of a checkpoint's leaves, as the program takes it.
 
     A layer's experts at a time are brought into the order that Hopper's kernels read, if they can take them, and before
@@ -98,7 +98,7 @@ def masters(program: Program, checkpoint: Path) -> dict[str, jax.Array]:
 def checkpoint_leaves(program: Program, dtype: jnp.dtype | type) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of a checkpoint in this dtype, placed as one that is frozen; packed bytes as they are.
 
-    Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `frozen` to take from there.
+    Of a vocabulary that is to be on the host, the embedding is whole everywhere, for `read_frozen` to take from there.
     """
     specs = frozen_specs(program.form.config, program.mesh)
     places = {path: NamedSharding(program.mesh, spec) for path, spec in specs.items()}

@@ -79,7 +79,10 @@ def _cross_entropy(
 
     A piece's logits are computed again in the backward pass; one that is in the host's memory is brought from there.
     """
-    size = _piece(unembedding.shape[0], len(targets))
+    vocab_size = unembedding.shape[0]
+    size = _piece(vocab_size, len(targets))
+    if remainder := -vocab_size % size:
+        unembedding = jnp.pad(unembedding, ((0, remainder), (0, 0)))
     pieces = unembedding.reshape(-1, size, unembedding.shape[1])
     local = targets - jax.lax.axis_index(MODEL_AXES) * unembedding.shape[0]
 
@@ -88,6 +91,8 @@ def _cross_entropy(
         largest, total, target = sums
         first, matrix = piece[0], jax.device_put(piece[1], jax.memory.Space.Device)
         logits = product("MD,VD->MV", rows.astype(dtype), matrix.astype(dtype))
+        if remainder:
+            logits = jnp.where(first + jnp.arange(size) < vocab_size, logits, -jnp.inf)
         new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=-1)))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
         place = local - first
@@ -107,6 +112,7 @@ def _cross_entropy(
 
 
 def _piece(vocab_size: int, num_rows: int) -> int:
-    """Rows of the vocabulary whose logits exist at a time: its largest divisor that stays below the limit."""
-    count = -(-vocab_size * num_rows // _MOST_LOGITS)
-    return next(vocab_size // pieces for pieces in range(count, vocab_size + 1) if vocab_size % pieces == 0)
+    """Rows of the vocabulary whose logits exist at a time: a divisor of it, if one is not far below the limit."""
+    fewest = -(-vocab_size * num_rows // _MOST_LOGITS)
+    counts = (count for count in range(fewest, 4 * fewest + 1) if vocab_size % count == 0)
+    return -(-vocab_size // next(counts, fewest))

@@ -97,7 +97,13 @@ class Description:
             del here[part], there[part]
         for name, value in here.items():
             if value != there[name]:
-                raise _other(f"{name.replace('_', ' ')} differs", directory)
+                raise _other(_DIFFERS.get(name, f"{name} is {value}, was {there[name]}"), directory)
+
+
+_DIFFERS = {
+    "base_digest": "another checkpoint",
+    "data_digest": "other conversations, or another --evaluation file, or one only this time or only then",
+}
 
 
 def is_run(directory: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,7 +19,8 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 MAY_CHANGE = ("evaluate_every", "save_every", "keep", "vocabulary_on_host")
 """What a run that is taken up again may have otherwise than before."""
-_LARGEST_SEED = 2**63
+_LARGEST = {"seed": 2**63, "epochs": 1000, int: 2**31, float: 2**127}
+"""What a number may not reach: a setting of this name, or else of this type. All epochs are packed, to count updates."""
 _OF_LORA: tuple[str, ...] = ("rank", "alpha", "targets")
 
 
@@ -43,7 +43,7 @@ class FineTuning:
 
     vocabulary_on_host: bool = False
     """With `lora`: embedding and unembedding stay in the host's memory, 2.3 GB of the published models. A batch's rows
-    are looked up there, and the unembedding is read twice an update, a piece at a time."""
+    are looked up there, and the unembedding is read twice for each part of a batch, a piece at a time."""
 
     steps: int | None = None
     """Updates; None: as many as `epochs` takes."""
@@ -52,7 +52,7 @@ class FineTuning:
     batch_size: int = 8
     """Rows of packed conversations an update."""
     accumulate: int = 1
-    """Parts of a batch that are computed one after the other, for less memory."""
+    """Parts of a batch that are computed one after the other, for less memory. The same update, but for `balance`."""
     sequence_length: int = 2048
     """Tokens a row."""
     truncate: bool = False
@@ -75,7 +75,8 @@ class FineTuning:
     clip_norm: float = 1.0
     """The most that the norm of all gradients together may be; larger ones are scaled down."""
     balance: float = 0.0
-    """Weight of the routers' auxiliary loss (Fedus et al. 2021, arXiv 2101.03961), which is 1 when balanced."""
+    """Weight of the routers' auxiliary loss (Fedus et al. 2021, arXiv 2101.03961), which is 1 when balanced; of each of
+    the `accumulate` parts by itself."""
 
     evaluation: float = 0.0
     """Share of the conversations that is held out, if no file of others is given."""
@@ -107,7 +108,8 @@ class FineTuning:
             if isinstance(value, list):
                 values[name] = tuple(value)
             else:
-                values[name] = float(value) if types[name] is float and type(value) is int else value
+                whole = types[name] is float and type(value) is int and abs(value) < _LARGEST[float]
+                values[name] = float(value) if whole else value
         return cls(**values)
 
     @classmethod
@@ -132,15 +134,15 @@ def _check(settings: FineTuning) -> None:
         if field.type in (int, float, int | None):
             kind = int | float if field.type is float else field.type
             check(isinstance(value, kind) and not isinstance(value, bool), field.name, "give a number")
-            check(value is None or 0 <= value < math.inf, field.name, "give a number from 0 on")
+            largest = _LARGEST.get(field.name, _LARGEST[float if field.type is float else int])
+            check(value is None or 0 <= value < largest, field.name, "give a number from 0 on, and not so large")
         elif field.type == tuple[str, ...]:
             names = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
             check(names, field.name, "give a list of names")
-    check(settings.seed < _LARGEST_SEED, "seed", f"give one below {_LARGEST_SEED}")
     for name in ("truncate", "vocabulary_on_host"):
         check(isinstance(getattr(settings, name), bool), name, "give true or false")
-    needed = "lora: what is trained is on the devices"
-    check(settings.method == "lora" or not settings.vocabulary_on_host, "vocabulary_on_host", f"use {needed}")
+    on_devices = f"leave it out: method {settings.method} trains the vocabulary, so it is on the devices"
+    check(settings.method == "lora" or not settings.vocabulary_on_host, "vocabulary_on_host", on_devices)
     for name in ("batch_size", "accumulate", "sequence_length", "save_every"):
         check(getattr(settings, name) >= 1, name, "give 1 or more")
     check(settings.keep >= 2, "keep", "give 2 or more: the newest is proven sound by the update after it")

@@ -170,7 +170,7 @@ class Program:
         return batch_sums(self.form, self.mesh, self.trained_specs, self.frozen_specs, absent_rows=self.absent_rows)
 
 
-def program(
+def make_program(
     config: ModelConfig,
     mesh: Mesh,
     *,

@@ -30,7 +30,7 @@ from gptoss_jax.finetune.optimizer import learning_rates, optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.runs import Description, digest_of, is_run
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import Frozen, Program, Report, State, program
+from gptoss_jax.finetune.step import Frozen, Program, Report, State, make_program
 from gptoss_jax.manifest import CONFIG, read_manifest
 from gptoss_jax.sharding import check_mesh, fetch, make_mesh
 
@@ -42,7 +42,7 @@ class Result:
     step: int
     """Updates made."""
     loss: float
-    """Of the last update's batch, before it."""
+    """Of the last update's batch, before it; no number if a run was resumed that had made all its updates."""
     evaluation: float | None
     """Mean loss over the held-out conversations at the end, if there are any."""
 
@@ -81,7 +81,7 @@ def fine_tune(
     config = ModelConfig.read(checkpoint / CONFIG)
     mesh = make_mesh() if mesh is None else mesh
     check_mesh(config, mesh)
-    _check_rows(settings, mesh)
+    _check_fits(settings, config, mesh)
     begun = Description.read(directory).date if resume and is_run(directory) else datetime.date.today()
     date = datetime.date.fromisoformat(distributed.tell(begun.isoformat()))  # hosts may be in different time zones
     batches, held_out = _batches(settings, files, date, config.vocab_size)
@@ -97,7 +97,7 @@ def fine_tune(
     )
     check_directory(directory, described, resume=resume)
     _check_same(described)
-    training = program(
+    program = make_program(
         config,
         training_mesh(mesh),
         lora=settings.lora,
@@ -110,10 +110,10 @@ def fine_tune(
     return train(
         described,
         directory,
-        training,
+        program,
         batches,
-        frozen=lambda: frozen_parameters(training, checkpoint) if settings.lora else Frozen(),
-        initial=lambda: new_adapters(training, settings.seed) if settings.lora else masters(training, checkpoint),
+        frozen=lambda: frozen_parameters(program, checkpoint) if settings.lora else Frozen(),
+        initial=lambda: new_adapters(program, settings.seed) if settings.lora else masters(program, checkpoint),
         held_out=held_out,
         resume=resume,
         tensorboard=tensorboard,
@@ -330,7 +330,11 @@ def _largest(trained: Arrays) -> jax.Array:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(values)) for values in trained.values()]))
 
 
-def _check_rows(settings: FineTuning, mesh: Mesh) -> None:
+def _check_fits(settings: FineTuning, config: ModelConfig, mesh: Mesh) -> None:
+    if settings.lora and settings.rank > config.hidden_size:
+        raise TrainingError(
+            f"rank = {settings.rank}", where="settings", fix=f"give at most the model's width, {config.hidden_size}"
+        )
     rows, data = settings.batch_size // settings.accumulate, mesh.shape["data"]
     if rows % data:
         raise TrainingError(

@@ -17,7 +17,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.errors import CheckpointError, ConversionError
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import make_program
 from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import fine_tune
 from gptoss_jax.manifest import CONFIG
@@ -58,7 +58,7 @@ def by_hand(run):
     """A program in float32 on a run's masters, those that are exported in bfloat16 rounded to it."""
     opened = open_run(run)
     mesh = training_mesh(make_mesh())
-    made = program(opened.config, mesh, lora=None, quantize=True, dtype=jnp.float32, update=optax.sgd(1.0))
+    made = make_program(opened.config, mesh, lora=None, quantize=True, dtype=jnp.float32, update=optax.sgd(1.0))
     masters = {}
     for path in opened.shapes:
         values = opened.read(path)

@@ -10,7 +10,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.adapters import LoRA
 from gptoss_jax.finetune.initial import frozen_parameters, masters, new_adapters
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.step import Frozen, program
+from gptoss_jax.finetune.step import Frozen, make_program
 from gptoss_jax.manifest import CONFIG
 from gptoss_jax.sharding import make_mesh
 from tests.finetune.batches import mean_loss, random_batch
@@ -20,7 +20,7 @@ def made(checkpoint, lora, *, vocabulary_on_host=False, **axes):
     config = ModelConfig.read(checkpoint / CONFIG)
     mesh = training_mesh(make_mesh(**axes))
     options = {"update": optax.sgd(1.0), "vocabulary_on_host": vocabulary_on_host}
-    return program(config, mesh, lora=lora, quantize=False, dtype=jnp.float32, **options)
+    return make_program(config, mesh, lora=lora, quantize=False, dtype=jnp.float32, **options)
 
 
 ADAPTERS = LoRA(rank=2, alpha=2.0, targets=("attention", "router", "experts"))

@@ -16,7 +16,7 @@ from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.runs import Description
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import Program, program
+from gptoss_jax.finetune.step import Program, make_program
 from gptoss_jax.finetune.trained import open_run
 from gptoss_jax.finetune.trainer import train
 from gptoss_jax.sharding import make_mesh, put
@@ -53,7 +53,7 @@ def test_interrupted_run_goes_on_to_the_bit(tmp_path, monkeypatch, method, rule,
     settings = FineTuning(
         method=method, optimizer=rule, steps=4, batch_size=2, sequence_length=24, learning_rate=0.01, save_every=2
     )
-    made = program(
+    made = make_program(
         CONFIG,
         training_mesh(make_mesh(**mesh)),
         lora=None,

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from gptoss_jax.finetune.adapters import TARGETS, LoRA, adapter_shapes
+from gptoss_jax.finetune.loss import _piece
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import OPTIMIZERS, FineTuning
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import make_program
 from gptoss_jax.sharding import make_mesh
 from pallas_kernels.mxfp4 import straight_through
 from tests.finetune import oracle
@@ -50,7 +51,9 @@ def masters():
 
 def made_on(mesh_sizes, *, lora=None, quantize=False, update=None, dtype=jnp.float32, **options):
     mesh = training_mesh(make_mesh(**mesh_sizes))
-    return program(CONFIG, mesh, lora=lora, quantize=quantize, dtype=dtype, update=update or optax.sgd(1.0), **options)
+    return make_program(
+        CONFIG, mesh, lora=lora, quantize=quantize, dtype=dtype, update=update or optax.sgd(1.0), **options
+    )
 
 
 def placed(made, arrays, specs):
@@ -124,6 +127,24 @@ def test_adapters_have_the_oracles_gradients(sizes):
     loss, expected = expected_of_adapters()
     assert float(report.loss) == pytest.approx(float(loss), rel=1e-5)
     assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_pieces_of_the_vocabulary_change_nothing(size, monkeypatch):
+    """Of 128 rows: four pieces, or three of which the last is filled up."""
+    monkeypatch.setattr("gptoss_jax.finetune.loss._piece", lambda vocab_size, num_rows: size)
+    report, gradients = loss_and_gradients(made_on({}), masters(), {})
+    loss, expected = expected_of_masters()
+    assert float(report.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num_rows", "size"), [(128, 64, 128), (201088, 8192, 3142), (200003, 8192, 4082)]
+)
+def test_pieces_divide_the_vocabulary_if_they_need_not_be_small(vocab_size, num_rows, size):
+    """200,003 is a prime."""
+    assert _piece(vocab_size, num_rows) == size
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 4, "expert": 2}, {"tensor": 4}], ids=str)

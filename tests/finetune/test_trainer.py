@@ -163,7 +163,7 @@ def test_other_settings_are_refused(finished, random_checkpoint, chats, tmp_path
 
 
 def test_other_dtype_is_refused(finished, random_checkpoint, chats, tmp_path):
-    with pytest.raises(TrainingError, match="dtype differs"):
+    with pytest.raises(TrainingError, match="dtype is bfloat16, was float32"):
         fine_tune(random_checkpoint, chats, rewound(finished[0], tmp_path), SETTINGS, dtype="bfloat16", resume=True)
 
 
@@ -171,7 +171,7 @@ def test_other_data_is_refused(finished, random_checkpoint, chats, tmp_path):
     directory = rewound(finished[0], tmp_path)
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("Count on", "Count up"))
-    with pytest.raises(TrainingError, match="data digest differs"):
+    with pytest.raises(TrainingError, match="other conversations, or another --evaluation file"):
         fine_tune(random_checkpoint, other, directory, SETTINGS, dtype="float32", resume=True)
 
 
@@ -243,10 +243,21 @@ def test_epochs_are_counted_in_updates(random_checkpoint, chats, tmp_path, monke
 
 def test_command_trains_for_a_share_of_an_epoch(random_checkpoint, chats, tmp_path, capsys):
     options = ["--epochs", "0.2", "--targets", "router", "--batch-size", "2", "--sequence-length", "128"]
-    assert main(["finetune", str(random_checkpoint), str(chats), str(tmp_path / "run"), *options]) == 0
-    told = capsys.readouterr().out.splitlines()
+    command = ["finetune", str(random_checkpoint), str(chats), str(tmp_path / "run"), *options]
+    assert main(command) == 0
+    *told, end = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in told] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert end.startswith("3 updates are made; gptoss-jax export ")
     assert saved_steps(tmp_path / "run") == [3]
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines() == [end]
+
+
+def test_rank_above_the_models_width_is_refused_before_anything_is_written(random_checkpoint, chats, tmp_path):
+    settings = dataclasses.replace(SETTINGS, rank=10**8)
+    with pytest.raises(TrainingError, match=r"rank = 100000000: settings: give at most the model's width, \d+"):
+        fine_tune(random_checkpoint, chats, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
 
 
 # Orbax' threads go on for a moment after their event loop, and say so to nobody.

@@ -14,9 +14,9 @@ from jax import lax
 from gptoss_jax.bench.weights import random_arrays
 from gptoss_jax.config import gpt_oss_20b
 from gptoss_jax.finetune.adapters import LoRA
-from gptoss_jax.finetune.initial import frozen, new_adapters
+from gptoss_jax.finetune.initial import new_adapters, read_frozen
 from gptoss_jax.finetune.placement import training_mesh
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import make_program
 from gptoss_jax.sharding import make_mesh
 from pallas_kernels.experts import ExpertAdapters, ExpertWeights, prepare, trainable_experts
 from pallas_kernels.experts.reference import swiglu
@@ -112,7 +112,7 @@ CONFIG = gpt_oss_20b().first_layers(2)
 @functools.cache
 def updated(dtype: str, *, vocabulary_on_host: bool = False):
     """The loss before one update by plain gradient descent, its gradients by path, and where the unembedding was."""
-    update = program(
+    program = make_program(
         CONFIG,
         training_mesh(make_mesh()),
         lora=LoRA(rank=RANK, alpha=2.0 * RANK, targets=("attention", "router", "experts")),
@@ -126,19 +126,19 @@ def updated(dtype: str, *, vocabulary_on_host: bool = False):
         """The same values in both dtypes, whatever else is read with them."""
         found = {}
         for path, leaf in leaves.items():
-            dtype = jnp.bfloat16 if leaf.dtype == update.form.dtype else leaf.dtype
+            dtype = jnp.bfloat16 if leaf.dtype == program.form.dtype else leaf.dtype
             drawn = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
             found |= random_arrays({path: drawn}, seed=zlib.crc32(path.encode()))
         return {path: array.astype(leaves[path].dtype) for path, array in found.items()}
 
-    held = frozen(update, read)
-    before = new_adapters(update, seed=3)
+    held = read_frozen(program, read)
+    before = new_adapters(program, seed=3)
     for path, array in before.items():  # none of the second factors zero, or half of the gradients would be
         before[path] = jax.random.normal(jax.random.key(len(path)), array.shape) * 0.02
     start = {path: np.asarray(array) for path, array in before.items()}
     batch = random_batch([[400, 300, 200]], sequence_length=1024, vocab_size=CONFIG.vocab_size)
-    placed = update.place(batch, parts=1, embedding=held.embedding)
-    state, report = update.compile_step()(update.start(before), held.arrays, placed)
+    placed = program.place(batch, parts=1, embedding=held.embedding)
+    state, report = program.compile_step()(program.start(before), held.arrays, placed)
     gradients = {path: start[path] - np.asarray(array) for path, array in state.trained.items()}
     return float(report.loss), gradients, held.arrays["unembedding.weight"].sharding.memory_kind
 

@@ -79,6 +79,8 @@ def test_every_program_has_its_limits(name: str) -> None:
     counted = {f"{what}_{where}" for what in ("launches", "collectives") for where in ("per_layer", "outside")}
     assert figures - kernels == {*counted, "temporary_bytes"}
     parts = "attention", "experts" if name.removesuffix("-two") in ("decode-1", "decode-8", "draw-8") else "grouped"
+    if name.startswith("train"):
+        parts = "grouped_down", "grouped_transposed"
     assert all(any(part in kernel for kernel in kernels) for part in parts), "the most expensive kernels are checked"
 
 

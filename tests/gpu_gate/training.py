@@ -9,17 +9,17 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.finetune.batches import Batch
-from gptoss_jax.finetune.initial import frozen
+from gptoss_jax.finetune.initial import read_frozen
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import DATA, training_mesh
 from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import program
+from gptoss_jax.finetune.step import make_program
 
 
 def lowered_update(config: ModelConfig, mesh: Mesh, *, sequence_length: int) -> Any:
     """One row, with adapters on attention and experts."""
     settings = FineTuning(batch_size=1, sequence_length=sequence_length)
-    update = program(
+    program = make_program(
         config,
         training_mesh(mesh),
         lora=settings.lora,
@@ -28,9 +28,9 @@ def lowered_update(config: ModelConfig, mesh: Mesh, *, sequence_length: int) -> 
         update=optimizer(settings, steps=100),
     )
     ints, floats = (
-        jax.ShapeDtypeStruct((1, 1, sequence_length), dtype, sharding=NamedSharding(update.mesh, P(None, DATA)))
+        jax.ShapeDtypeStruct((1, 1, sequence_length), dtype, sharding=NamedSharding(program.mesh, P(None, DATA)))
         for dtype in (jnp.int32, jnp.float32)
     )
-    held = frozen(update, lambda leaves: cast(Any, leaves))
+    held = read_frozen(program, lambda leaves: cast(Any, leaves))
     batch = Batch(tokens=ints, targets=ints, weights=floats, segments=ints, positions=ints)
-    return update.compile_step().lower(update.state_leaves, held.arrays, batch)
+    return program.compile_step().lower(program.state_leaves, held.arrays, batch)
