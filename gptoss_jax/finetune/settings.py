@@ -20,7 +20,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 MAY_CHANGE = ("evaluate_every", "save_every", "keep", "vocabulary_on_host")
 """What a run that is taken up again may have otherwise than before."""
 _LARGEST = {"seed": 2**63, "epochs": 1000, int: 2**31, float: 2**127}
-"""What a number may not reach: a setting of this name, or else of this type. All epochs are packed, to count updates."""
+"""What a number may not reach: a setting of this name, or else of this type. All epochs are packed to count updates."""
 _OF_LORA: tuple[str, ...] = ("rank", "alpha", "targets")
 
 
