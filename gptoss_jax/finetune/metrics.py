@@ -1,5 +1,6 @@
 """What a run writes down: JSON lines, TensorBoard's events, and lines for a terminal."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,10 @@ class MetricsWriter:
 
 def check_tensorboard() -> None:
     """Raise TrainingError unless TensorBoard's events can be written."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError as missing:
+    if importlib.util.find_spec("tensorboardX") is None:
         raise TrainingError(
             "tensorboardX is not installed", where="--tensorboard", fix="pip install 'gptoss-jax[tensorboard]'"
-        ) from missing
+        )
 
 
 def line(metrics: Metrics, steps: int) -> str:
