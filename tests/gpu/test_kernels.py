@@ -12,53 +12,18 @@ import pytest
 from jax import lax
 
 from pallas_kernels.attention import hopper
-from pallas_kernels.experts import ExpertWeights, experts, hopper_grouping, hopper_routing, prepare
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.experts import experts, hopper_grouping, hopper_routing, prepare
+from tests.gpu.published import D, draw_ids
 from tests.pallas_kernels import test_attention as attention_suite
 
 pytestmark = pytest.mark.gpu
 
-D = F = 2880
 A = 4
 ALPHA, LIMIT = 1.702, 7.0
 TOLERANCE = 3e-3
 """Of the answer's norm: two roundings to bfloat16, of the activation and of the result, come to 2.4e-3."""
 MOST_COMPARED = 64
 """Tokens of a call that the reference computes too; no token depends on another."""
-
-
-@pytest.fixture(scope="module")
-def weights(request) -> ExpertWeights:
-    def packed(key: jax.Array, rows: int) -> MXFP4:
-        codes, scales = jax.random.split(key)
-        shape = (request.param, rows, D // 32)
-        return MXFP4(
-            jax.random.bits(codes, (*shape, 16), jnp.uint8),
-            119 + jax.random.randint(scales, shape, 0, 2).astype(jnp.uint8),
-        )
-
-    @jax.jit
-    def draw() -> ExpertWeights:
-        keys = jax.random.split(jax.random.key(request.param), 4)
-        gate_up_bias = jax.random.normal(keys[2], (request.param, 2 * F), jnp.bfloat16)
-        down_bias = jax.random.normal(keys[3], (request.param, D), jnp.bfloat16)
-        return ExpertWeights(packed(keys[0], 2 * F), gate_up_bias, packed(keys[1], D), down_bias)
-
-    return draw()
-
-
-def draw_ids(random: np.random.Generator, num_tokens: int, per_token: int, num_experts: int, choices: str):
-    """Experts of each token, different ones but for "one expert"."""
-    popularity = 1.5 * random.normal(size=num_experts) if choices == "skewed" else 0.0
-    scores = random.gumbel(size=(num_tokens, num_experts)) + popularity
-    ids = np.argsort(scores, axis=1)[:, :per_token].astype(np.int32)
-    if choices == "one expert":
-        ids[:] = num_experts - 1
-    if choices == "elsewhere":
-        ids = np.where(ids % 3 == 0, -1, np.where(ids % 3 == 1, num_experts + ids, ids))
-    if choices == "nobody":
-        ids[:] = num_experts
-    return ids
 
 
 def leave_nan_in_free_memory() -> None:
