@@ -22,7 +22,7 @@ from pallas_kernels.experts.hopper_layout import HopperExperts, pack, to_mma_ord
 from pallas_kernels.experts.hopper_prefill import choose_tiling, experts
 from pallas_kernels.experts.hopper_routing import group, max_tiles, num_grouped_rows
 from pallas_kernels.experts.tiles import Tiling
-from pallas_kernels.mxfp4 import MXFP4
+from tests.pallas_kernels.random_experts import random_experts
 
 ALPHA, LIMIT = 1.702, 7.0
 E, A, D = 5, 3, 128
@@ -31,17 +31,7 @@ NARROW = Tiling(widths=(8, 16), warpgroups=2, stages=2)
 
 
 def random_weights(seed: int, *, expert_width: int) -> ExpertWeights:
-    random = np.random.default_rng(seed)
-
-    def matrix(rows: int, columns: int) -> MXFP4:
-        shape = (E, rows, columns // 32)
-        blocks = random.integers(0, 256, (*shape, 16), np.uint8)
-        return MXFP4(jnp.array(blocks), jnp.array(random.integers(119, 123, shape, np.uint8)))
-
-    def bias(rows: int) -> jax.Array:
-        return jnp.array(random.normal(size=(E, rows)), jnp.float32)
-
-    return ExpertWeights(matrix(2 * expert_width, D), bias(2 * expert_width), matrix(D, expert_width), bias(D))
+    return random_experts(seed, num_experts=E, width=D, expert_width=expert_width)
 
 
 def random_case(num_tokens: int, *, choices=range(E), expert_width: int = 64):

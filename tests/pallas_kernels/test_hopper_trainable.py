@@ -15,6 +15,7 @@ from pallas_kernels.experts.hopper_trainable import trainable_experts
 from pallas_kernels.experts.reference import swiglu
 from pallas_kernels.experts.tiles import Tiling
 from pallas_kernels.mxfp4 import MXFP4, dequantize
+from tests.pallas_kernels.random_experts import random_experts
 
 ALPHA = 1.702
 LIMIT = 1.503  # no bfloat16 is equal to it: there the gradient is a matter of taste
@@ -24,17 +25,7 @@ TILING = Tiling(widths=(8, 16), warpgroups=1, stages=2)
 
 
 def random_weights(seed: int) -> ExpertWeights:
-    random = np.random.default_rng(seed)
-
-    def matrix(rows: int, columns: int) -> MXFP4:
-        shape = (E, rows, columns // 32)
-        blocks = random.integers(0, 256, (*shape, 16), np.uint8)
-        return MXFP4(jnp.array(blocks), jnp.array(random.integers(119, 123, shape, np.uint8)))
-
-    def bias(rows: int) -> jax.Array:
-        return jnp.array(random.normal(size=(E, rows)), jnp.float32)
-
-    return ExpertWeights(matrix(2 * F, D), bias(2 * F), matrix(D, F), bias(D))
+    return random_experts(seed, num_experts=E, width=D, expert_width=F)
 
 
 def random_case(choices=range(-1, E + 1)):

@@ -20,7 +20,8 @@ from pallas_kernels.experts import (
     experts,
     trainable_experts,
 )
-from pallas_kernels.mxfp4 import MXFP4, dequantize
+from pallas_kernels.mxfp4 import dequantize
+from tests.pallas_kernels.random_experts import random_experts
 
 ALPHA, LIMIT = 1.702, 1.5
 D, F, E, A, R = 64, 96, 6, 3, 5
@@ -29,17 +30,7 @@ layer = functools.partial(trainable_experts, alpha=ALPHA, limit=LIMIT)
 
 
 def random_packed(seed: int, num_experts: int = E) -> ExpertWeights:
-    random = np.random.default_rng(seed)
-
-    def packed(rows: int, columns: int) -> MXFP4:
-        shape = (num_experts, rows, columns // 32)
-        blocks = random.integers(0, 256, (*shape, 16), np.uint8)
-        return MXFP4(jnp.array(blocks), jnp.array(random.integers(121, 124, shape, np.uint8)))
-
-    def bias(width: int) -> jax.Array:
-        return jnp.array(random.normal(size=(num_experts, width)), jnp.float32)
-
-    return ExpertWeights(packed(2 * F, D), bias(2 * F), packed(D, F), bias(D))
+    return random_experts(seed, num_experts=num_experts, width=D, expert_width=F, scale_bytes=(121, 124))
 
 
 def random_adapters(seed: int, num_experts: int = E) -> ExpertAdapters:
