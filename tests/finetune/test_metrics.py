@@ -2,11 +2,13 @@
 
 import json
 import struct
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from gptoss_jax.finetune.metrics import METRICS, TENSORBOARD, MetricsWriter
+from gptoss_jax.errors import TrainingError
+from gptoss_jax.finetune.metrics import METRICS, TENSORBOARD, MetricsWriter, check_tensorboard
 
 
 def written(directory, steps, *, after, tensorboard=False):
@@ -43,3 +45,9 @@ def events(file):
         (length,) = struct.unpack("<Q", content[:8])
         yield Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
+
+
+def test_missing_tensorboard_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(TrainingError, match=r"tensorboardX is not installed: --tensorboard: pip install"):
+        check_tensorboard()
