@@ -3,8 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import hopper, reference, tpu
-from pallas_kernels.attention.trainable import segment_attention
+from pallas_kernels.attention import hopper, hopper_trainable, reference, tpu, trainable
 from pallas_kernels.dispatch import Impl, choose, platform
 
 __all__ = ["attention", "pool_width", "segment_attention"]
@@ -12,6 +11,9 @@ __all__ = ["attention", "pool_width", "segment_attention"]
 _hopper = jax.jit(hopper.attention, static_argnames=("window", "interpret"))  # layers share one trace and lowering
 _tpu = jax.jit(tpu.attention, static_argnames=("window", "step_pages", "interpret"))
 BACKENDS = {"reference": reference.attention, "cpu": reference.attention, "hopper": _hopper, "tpu": _tpu}
+_segments = trainable.segment_attention
+_hopper_segments = jax.jit(hopper_trainable.segment_attention, static_argnames=("window", "interpret"))
+SEGMENT_BACKENDS = {"reference": _segments, "cpu": _segments, "hopper": _hopper_segments}
 
 
 def attention(
@@ -43,6 +45,39 @@ def attention(
     """
     run = choose("attention", BACKENDS, impl)
     return run(queries, keys, values, page_table, first, last, sinks, window=window)
+
+
+def segment_attention(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    sinks: Float[Array, " N"],
+    *,
+    window: int | None,
+    impl: Impl = "auto",
+) -> Float[Array, "B T N H"]:
+    """Attend from each position to those up to it, of the same segment of its row.
+
+    The positions of a segment are consecutive; segment 0 is padding: zeros come out. With a window, only the last
+    `window` positions are seen, itself included. Query head n reads kv head n // (N // K). The scale is 1/sqrt(H);
+    sinks[n] joins the softmax's denominator unscaled and adds no value. Differentiable but for the segments. Products
+    are of the queries' dtype (float32: in full precision) and accumulate in float32, as does the softmax. The backward
+    pass computes the scores again: memory is linear in T. Local arrays: call inside shard_map, every argument varying
+    over the same mesh axes.
+
+    Raises Unsupported if the named implementation cannot run these arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> values = jnp.arange(4.0).reshape(1, 4, 1, 1)
+        >>> segments = jnp.array([[1, 1, 2, 0]])
+        >>> zeros = jnp.zeros_like(values)
+        >>> segment_attention(zeros, zeros, values, segments, jnp.full(1, -99.0), window=None)[0, :, 0, 0].tolist()
+        [0.0, 0.5, 2.0, 0.0]
+    """
+    run = choose("segment attention", SEGMENT_BACKENDS, impl)
+    return run(queries, keys, values, segments, sinks, window=window)
 
 
 def pool_width(head_dim: int) -> int:

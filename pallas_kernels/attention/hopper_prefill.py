@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import hopper_prefill_plan as planning
 from pallas_kernels.attention.hopper_prefill_parts import WIDTH, Parts, hardware, interpreted
+from pallas_kernels.attention.hopper_prefill_tiles import Tiles
 from pallas_kernels.hopper_card import LOG2_E, NUM_MULTIPROCESSORS
 
 GROUP = 8
@@ -79,16 +80,47 @@ def attention(
     tuning: Tuning | None = None,
 ) -> Float[Array, "B T K G H"]:
     """See `pallas_kernels.attention.hopper.attention`."""
-    tuning = tuning or Tuning.of(most_pages)
+    arguments = queries, keys, values, page_table, first, last, sinks
+    return _call(*arguments, tuning or Tuning.of(most_pages), log_sums=False, interpret=interpret)[0]
+
+
+def attention_and_log_sums(
+    queries: Float[Array, "B T K G H"],
+    keys: Float[Array, "P K slots W"],
+    values: Float[Array, "P K slots W"],
+    page_table: Int[Array, "B pages"],
+    first: Int[Array, "B T"],
+    last: Int[Array, "B T"],
+    sinks: Float[Array, "K G"],
+    *,
+    most_pages: int,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    """The same, and for each query the base-2 logarithm of its softmax's denominator, the sink in it."""
+    arguments = queries, keys, values, page_table, first, last, sinks
+    attended, log_sums = _call(*arguments, Tuning.of(most_pages), log_sums=True, interpret=interpret)
+    batch, num_kv_heads = log_sums.shape[:2]
+    by_token = log_sums.reshape(batch, num_kv_heads, -1, GROUP).transpose(0, 2, 1, 3)
+    return attended, by_token[:, : queries.shape[1]]
+
+
+def _call(
+    queries: Array, keys: Array, values: Array, page_table: Array, first: Array, last: Array, sinks: Array,
+    tuning: Tuning, *, log_sums: bool, interpret: bool,
+) -> list[Array]:  # fmt: skip
     batch, _, num_kv_heads = queries.shape[:3]
     plan, rows = planning.plan(first, last, warpgroups=tuning.warpgroups)
     transforms = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))  # pyright: ignore[reportAbstractUsage]
     shared = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
     ring = functools.partial(plgpu.Barrier, num_barriers=tuning.stages)
     pages = (tuning.stages, tuning.pages * SLOTS, WIDTH)
+    results = [jax.ShapeDtypeStruct(queries.shape, queries.dtype)]
+    if log_sums:
+        tiles = plan.shape[1] * tuning.warpgroups
+        results.append(jax.ShapeDtypeStruct((batch, num_kv_heads, tiles, ROWS_OF_TILE), jnp.float32))
     kernel = plgpu.kernel(
         functools.partial(_block, tuning=tuning, parts=interpreted() if interpret else hardware()),
-        out_type=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        out_type=results,
         grid=(min(tuning.blocks, plan.shape[1] * batch * num_kv_heads),),
         grid_names=("block",),
         num_threads=tuning.warpgroups + 1,
@@ -110,10 +142,12 @@ def attention(
     return kernel(queries, keys, values, page_table, plan, rows, sinks)
 
 
-def _block(queries, keys, values, table, plan, rows, sinks, out, *, tuning: Tuning, parts: Parts, **scratch) -> None:
+def _block(
+    queries, keys, values, table, plan, rows, sinks, out, log_sums=None, *, tuning: Tuning, parts: Parts, **scratch
+) -> None:
     warpgroup = lax.axis_index("warpgroup")
     memory = types.SimpleNamespace(**scratch)
-    tiles = _Tiles(plan, queries.shape[2], tuning)
+    tiles = Tiles(plan, queries.shape[2], blocks=tuning.blocks, pages=tuning.pages)
 
     @pl.when(warpgroup < tuning.warpgroups)
     def compute():
@@ -155,7 +189,9 @@ def _block(queries, keys, values, table, plan, rows, sinks, out, *, tuning: Tuni
                 visibility = _Visibility(facts, rows.at[row, tile], warpgroup, slots[0], slots[1], tuning)
                 plgpu.barrier_wait(arrived)
                 load_next()
-                answers = _attend(own, sink, begin, done, num_steps, visibility, memory, tuning, parts)
+                answers, log_sum = _attend(own, sink, begin, done, num_steps, visibility, memory, tuning, parts)
+                if log_sums is not None:
+                    log_sums[row, head, tile * tuning.warpgroups + warpgroup] = log_sum
                 plgpu.commit_smem()  # every warp is done with the queries
                 own[...] = answers
                 plgpu.commit_smem()
@@ -201,38 +237,11 @@ def _block(queries, keys, values, table, plan, rows, sinks, out, *, tuning: Tuni
                 pl.when(stage < done)(functools.partial(plgpu.barrier_wait, used.at[stage]))
 
 
-class _Tiles:
-    """Which tiles a block attends for, one after the other."""
-
-    def __init__(self, plan, num_heads: int, tuning: Tuning) -> None:
-        self.plan, self.num_heads, self.pages = plan, num_heads, tuning.pages
-        self.total = plan.shape[0] * plan.shape[1] * num_heads
-        self.num_blocks = min(tuning.blocks, self.total)
-        self.turns = -(-self.total // self.num_blocks)
-
-    def _index(self, turn):
-        """The largest tiles come first, and the block that has the largest of a turn the smallest of the next."""
-        block = lax.axis_index("block")
-        return turn * self.num_blocks + jnp.where(lax.rem(turn, 2) == 0, block, self.num_blocks - 1 - block)
-
-    def exists(self, turn) -> Bool[Array, ""]:
-        return self._index(turn) < self.total
-
-    def place(self, turn):
-        """Row, tile and kv head. The last tokens of a row see most."""
-        index = jnp.minimum(self._index(turn), self.total - 1)
-        rest, head = lax.div(index, self.num_heads), lax.rem(index, self.num_heads)
-        batch, num_tiles = self.plan.shape[:2]
-        return lax.rem(rest, batch), num_tiles - 1 - lax.div(rest, batch), head
-
-    def steps(self, row, tile):
-        """The first page, and the number of steps."""
-        begin, end = self.plan[row, tile, planning.BEGIN], self.plan[row, tile, planning.END]
-        return begin, lax.div(end - begin + self.pages - 1, self.pages)
-
-
 def _attend(queries, sink, begin, done, num_steps, visibility: "_Visibility", memory, tuning: Tuning, parts: Parts):
-    """The attended rows of one warpgroup; one base-2 sink a row; `done` steps have been through the ring before."""
+    """The attended rows of one warpgroup, and the base-2 logarithms of their denominators.
+
+    One base-2 sink a row; `done` steps have been through the ring before.
+    """
     scale = WIDTH**-0.5 * LOG2_E
     columns = tuning.pages * SLOTS
     zero = lax.shift_right_logical(begin, 31)
@@ -287,7 +296,7 @@ def _attend(queries, sink, begin, done, num_steps, visibility: "_Visibility", me
 
     def all_steps():
         weights, denominator, largest = first_step()
-        accumulator, weights, denominator, _ = lax.fori_loop(
+        accumulator, weights, denominator, largest = lax.fori_loop(
             1, num_steps, next_step, (nothing, weights, denominator, largest)
         )
         _, values, stage = at(num_steps - 1)
@@ -295,10 +304,11 @@ def _attend(queries, sink, begin, done, num_steps, visibility: "_Visibility", me
         plgpu.barrier_arrive(memory.values_used.at[stage])
         # Not a factor of zero: a warpgroup whose tokens all see nothing has masked nothing, and may have met NaN.
         sees = _along_rows(jnp.where(visibility.sees_something, 1, 0), WIDTH) != 0
-        return jnp.where(sees, accumulator * _along_rows(1.0 / denominator, WIDTH), 0.0)
+        attended = jnp.where(sees, accumulator * _along_rows(1.0 / denominator, WIDTH), 0.0)
+        return attended, largest + jnp.log2(denominator)
 
-    attended = lax.cond(num_steps > 0, all_steps, lambda: nothing)
-    return attended.astype(jnp.bfloat16)
+    attended, log_sums = lax.cond(num_steps > 0, all_steps, lambda: (nothing, sink))
+    return attended.astype(jnp.bfloat16), log_sums
 
 
 class _Visibility:

@@ -25,21 +25,9 @@ def segment_attention(
     window: int | None,
     block: int = 512,
 ) -> Float[Array, "B T N H"]:
-    """Attend from each position to those up to it, of the same segment of its row.
+    """See `pallas_kernels.attention.segment_attention`; any dtype, width and number of heads.
 
-    With a window, to the last `window` of them, itself included. Segment 0 is padding: zeros come out. Query head n
-    reads kv head n // (N // K). The scale is 1/sqrt(H); sinks[n] joins the softmax's denominator unscaled and adds no
-    value. Differentiable but for the segments. Products are of the queries' dtype (float32: in full precision) and
-    accumulate in float32, as does the softmax. `block` queries of some heads are taken at a time, with the keys that
-    they may see, and the backward pass computes the scores again: memory is linear in T. Local arrays: call inside
-    shard_map, every argument varying over the same mesh axes.
-
-    Example:
-        >>> values = jnp.arange(4.0).reshape(1, 4, 1, 1)
-        >>> segments = jnp.array([[1, 1, 2, 0]])
-        >>> zeros = jnp.zeros_like(values)
-        >>> segment_attention(zeros, zeros, values, segments, jnp.full(1, -99.0), window=None)[0, :, 0, 0].tolist()
-        [0.0, 0.5, 2.0, 0.0]
+    `block` queries of some heads are taken at a time, with the keys that they may see.
     """
     batch, length, num_heads, width = queries.shape
     num_kv_heads = keys.shape[2]

@@ -1,4 +1,4 @@
-"""Attention over packed rows against a plain float32 softmax and JAX's own gradients of it."""
+"""Attention over packed rows in plain JAX, against a float32 softmax and JAX's own gradients of it."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.sharding import AXES, make_mesh
-from pallas_kernels.attention import segment_attention, trainable
+from pallas_kernels.attention import trainable
 
 B, T, N, K, H = 2, 43, 6, 2, 8
 SEGMENTS = jnp.array([[1] * 20 + [2] * 3 + [3] * 15 + [0] * 5, [0] * 2 + [1] * 40 + [2]])
@@ -50,7 +50,7 @@ def value_and_gradients(function, arrays: Arrays, segments, **static):
 
 
 def ours(queries, keys, values, sinks, *, segments, **static):
-    return segment_attention(queries, keys, values, segments, sinks, **static)
+    return trainable.segment_attention(queries, keys, values, segments, sinks, **static)
 
 
 def assert_close(found: Arrays, wanted: Arrays, tolerance: float) -> None:
@@ -130,7 +130,7 @@ def test_eight_devices_find_the_gradients_of_one():
         queries, keys, values = jax.lax.pcast((queries, keys, values), "expert", to="varying")
         segments = jax.lax.pcast(segments, ("expert", "tensor"), to="varying")
         sinks = jax.lax.pcast(sinks, ("data", "expert"), to="varying")
-        answers = segment_attention(queries, keys, values, segments, sinks, window=7, block=16)
+        answers = trainable.segment_attention(queries, keys, values, segments, sinks, window=7, block=16)
         assert jax.typeof(answers).mat.varying == set(AXES)
         return jax.lax.pmean(answers, "expert")
 
