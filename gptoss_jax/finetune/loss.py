@@ -18,6 +18,8 @@ from pallas_kernels.projections.reference import norm
 
 _MOST_LOGITS = 1 << 25
 """That exist at a time: 134 MB in float32, and as much again for what they become."""
+_ALIGNED = 8
+"""Columns of logits: products of bfloat16 rows that are no multiple of 16 bytes take twice as long."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,19 +86,22 @@ def _cross_entropy(
     if remainder := -vocab_size % size:
         unembedding = jnp.pad(unembedding, ((0, remainder), (0, 0)))
     pieces = unembedding.reshape(-1, size, unembedding.shape[1])
-    local = targets - jax.lax.axis_index(MODEL_AXES) * unembedding.shape[0]
+    unaligned = -size % _ALIGNED
+    local = targets - jax.lax.axis_index(MODEL_AXES) * vocab_size
 
     @jax.checkpoint
     def add(sums: tuple[Array, Array, Array], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
         largest, total, target = sums
         first, matrix = piece[0], jax.device_put(piece[1], jax.memory.Space.Device)
-        logits = product("MD,VD->MV", rows.astype(dtype), matrix.astype(dtype))
-        if remainder:
-            logits = jnp.where(first + jnp.arange(size) < vocab_size, logits, -jnp.inf)
+        matrix = jnp.pad(matrix.astype(dtype), ((0, unaligned), (0, 0)))
+        logits = product("MD,VD->MV", rows.astype(dtype), matrix)
+        if unaligned or remainder:
+            column = jnp.arange(size + unaligned)
+            logits = jnp.where((column < size) & (first + column < vocab_size), logits, -jnp.inf)
         new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=-1)))
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[:, None]).sum(axis=-1)
         place = local - first
-        here = (place >= 0) & (place < size)
+        here = (place >= 0) & (place < size) & (local < vocab_size)
         found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=1)[:, 0]
         return (new, total, target + jnp.where(here, found, 0.0)), None
 

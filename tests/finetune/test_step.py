@@ -129,11 +129,11 @@ def test_adapters_have_the_oracles_gradients(sizes):
     assert_close(gradients, expected)
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_pieces_of_the_vocabulary_change_nothing(size, monkeypatch):
-    """Of 128 rows: four pieces, or three of which the last is filled up."""
+@pytest.mark.parametrize(("sizes", "size"), [({}, 32), ({}, 48), ({"tensor": 4}, 12)], ids=str)
+def test_pieces_of_the_vocabulary_change_nothing(sizes, size, monkeypatch):
+    """Of 128 rows: four pieces, or three of which the last is filled up; of each device's 32, three of odd length."""
     monkeypatch.setattr("gptoss_jax.finetune.loss._piece", lambda vocab_size, num_rows: size)
-    report, gradients = loss_and_gradients(made_on({}), masters(), {})
+    report, gradients = loss_and_gradients(made_on(sizes), masters(), {})
     loss, expected = expected_of_masters()
     assert float(report.loss) == pytest.approx(float(loss), rel=1e-5)
     assert_close(gradients, expected)
