@@ -45,11 +45,18 @@ def write_safetensors[T: Tensor](path: Path, tensors: Sequence[T], slices: Calla
 
 
 def write_shards[T: Tensor](
-    directory: Path, shards: Mapping[str, Sequence[T]], slices: Callable[[T], Iterable[np.ndarray]]
+    directory: Path,
+    shards: Mapping[str, Sequence[T]],
+    slices: Callable[[T], Iterable[np.ndarray]],
+    *,
+    each: Callable[[Callable[[str], None], Iterable[str]], Iterable[None]] = map,
 ) -> None:
-    """Write each shard under its file name, and the index if there are several."""
-    for name, tensors in shards.items():
-        write_safetensors(directory / name, tensors, slices)
+    """Write each shard under its file name, and the index if there are several.
+
+    With the `map` of a thread pool, several shards at a time.
+    """
+    for _ in each(lambda name: write_safetensors(directory / name, shards[name], slices), shards):
+        pass
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors)},

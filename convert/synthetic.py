@@ -1,9 +1,9 @@
 """Seeded random checkpoints in the published layouts, for tests and measurements.
 
-    python -m convert.synthetic OUT --model tiny|20b|120b --layout hf|original|bf16 --seed N --shards K
+    python -m convert.synthetic OUT --model tiny|20b|120b --layout hf|original|bf16 --seed N --shards K --threads T
 
 The same (config, seed) gives the same parameters in every layout. Tensors are drawn and written a few megabytes at a
-time, so a 120b takes no more memory than a tiny one.
+time, so a 120b takes no more memory than a tiny one. With several threads, as many shards are written at a time.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -35,14 +36,24 @@ _FP4_RMS = float(np.sqrt(np.mean(np.square(CODE_VALUES))))
 
 
 def write_checkpoint(
-    directory: Path, config: ModelConfig, *, seed: int = 0, layout: SyntheticLayout = "hf", num_shards: int = 2
+    directory: Path,
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    layout: SyntheticLayout = "hf",
+    num_shards: int = 2,
+    num_threads: int = 1,
 ) -> None:
     """Write a random checkpoint of `config` straight into `directory`, named as the published files are."""
+    if num_threads < 1:
+        raise ConversionError(f"{num_threads} threads", where="num_threads", fix="ask for at least one")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = source_tensors(config, _LAYOUTS[layout])
     shards = _split(list(tensors.values()), num_shards)
     names = shard_names(_LAYOUTS[layout], num_shards, first=1 if layout == "original" else 0)
-    write_shards(directory, dict(zip(names, shards, strict=True)), functools.partial(_tensor_chunks, seed=seed))
+    chunks = functools.partial(_tensor_chunks, seed=seed)
+    with ThreadPoolExecutor(num_threads) as pool:
+        write_shards(directory, dict(zip(names, shards, strict=True)), chunks, each=pool.map)
     write_configs(directory, config, _LAYOUTS[layout])
 
 
@@ -143,6 +154,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=_LAYOUTS, default="hf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="shards written at a time (default: %(default)s)")
     options = parser.parse_args()
     write_checkpoint(
         options.directory,
@@ -150,6 +162,7 @@ def main() -> None:
         seed=options.seed,
         layout=options.layout,
         num_shards=options.shards,
+        num_threads=options.threads,
     )
 
 

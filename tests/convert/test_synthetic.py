@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert.published import original_config
-from convert.synthetic import write_checkpoint
+from convert.synthetic import SyntheticLayout, write_checkpoint
 from gptoss_jax.config import ModelConfig, gpt_oss_20b
 from gptoss_jax.errors import ConversionError
 from tests.tiny import TINY
@@ -49,6 +49,14 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     first, second, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert first == second
     assert first != other
+
+
+@pytest.mark.parametrize("layout", ["hf", "bf16"])
+def test_threads_change_no_byte(layout: SyntheticLayout, tmp_path: Path) -> None:
+    for name, num_threads in (("one", 1), ("three", 3)):
+        write_checkpoint(tmp_path / name, TINY, layout=layout, num_shards=4, num_threads=num_threads)
+    one, three = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "three"))
+    assert one == three
 
 
 def test_files_are_numbered_as_published(tmp_path: Path) -> None:
