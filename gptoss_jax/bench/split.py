@@ -117,14 +117,16 @@ class _Prompt:
 
     @classmethod
     def of(cls, model: Transformer, num_tokens: int, *, seed: int = 0) -> "_Prompt":
-        cache = random_cache(model, batch=1, room=cache_room(num_tokens, model.config.max_context), seed=seed)
+        rows = model.mesh.shape["data"]  # all but one are empty, as `generate` pads
+        cache = random_cache(model, batch=rows, room=cache_room(num_tokens, model.config.max_context), seed=seed)
         tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, num_tokens, np.int32)
         chunks = []
         for begin in range(0, num_tokens, cache.max_chunk):
             chunk = tokens[begin : begin + cache.max_chunk]
             padding = chunk_size(chunk.size, cache.max_chunk) - chunk.size
-            chunks.append((np.pad(chunk, (0, padding))[None], np.array([chunk.size], np.int32)))
-        return cls(flattened(model), with_lengths(cache, np.zeros(1, np.int32)), place(chunks, model.mesh))
+            padded = np.pad(chunk[None], ((0, rows - 1), (0, padding)))
+            chunks.append((padded, np.pad(np.array([chunk.size], np.int32), (0, rows - 1))))
+        return cls(flattened(model), with_lengths(cache, np.zeros(rows, np.int32)), place(chunks, model.mesh))
 
     def lowered(self) -> list[jax.stages.Lowered]:
         """The program of each chunk; chunks of one length share it."""
@@ -134,7 +136,7 @@ class _Prompt:
 def _program_row(model: Transformer, name: str, ceilings: Ceilings, *, num_tokens: int, part: Part | None) -> Row:
     """Milliseconds from the first chunk's dispatch until the logits are there, on a cache full of random values."""
     prompt = _Prompt.of(model, num_tokens)
-    cache, empty = prompt.cache, np.zeros(1, np.int32)
+    cache, empty = prompt.cache, np.zeros(prompt.cache.batch, np.int32)
     logits: Any = None
 
     def run(ready: Cache) -> Any:

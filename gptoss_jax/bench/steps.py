@@ -19,6 +19,7 @@ from gptoss_jax.generation.sampling import Sampling, SamplingRows
 from gptoss_jax.generation.steps import decode, start
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.transformer import Transformer, flattened
+from gptoss_jax.plan.memory import shard_bytes
 from gptoss_jax.sharding import fetch, place, put
 
 _NEVER = np.array([-1], np.int32)  # no id, so no row stops
@@ -141,11 +142,13 @@ def _empty_cache(model: Transformer, *, batch: int, room: int) -> Cache:
             mesh=mesh,
         )
 
-    needed = jax.eval_shape(lambda: create(None)).nbytes * _HEADROOM
+    with jax.set_mesh(model.mesh):
+        shapes = jax.eval_shape(lambda: create(None))
+    needed = shard_bytes(shapes) * _HEADROOM
     free = _free_bytes()
     if free is not None and needed > free:
         raise DoesNotFit(
-            f"the keys and values need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"the keys and values need {needed / 1e9:.1f} GB of a device, {free / 1e9:.1f} GB are free",
             where=f"batch {batch} at a context of {room}",
             fix="leave this row out",
         )

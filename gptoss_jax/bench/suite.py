@@ -52,7 +52,11 @@ def measure(model: Transformer, name: str, ceilings: Ceilings, plan: Plan) -> It
     """
     check(plan, model.config)
     part = functools.partial
-    shapes = [{"batch": batch, "context": context} for context in plan.contexts for batch in plan.batches]
+    data = model.mesh.shape["data"]
+    batches = [batch for batch in plan.batches if batch % data == 0]
+    shapes = [{"batch": batch, "context": context} for context in plan.contexts for batch in batches]
+    for batch in sorted(set(plan.batches) - set(batches)):
+        yield DoesNotFit(f"{batch} rows do not divide", where=f"data = {data}", fix="leave this batch out")
     for num_tokens in plan.kernel_tokens:
         yield from _fitting(part(expert_rows, model, name, ceilings, num_tokens=num_tokens))
     if plan.kernel_tokens:

@@ -24,6 +24,7 @@ from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import training_mesh
 from gptoss_jax.finetune.settings import FineTuning
 from gptoss_jax.finetune.step import Frozen, Program, make_program
+from gptoss_jax.sharding import check_batch, check_mesh
 
 _STEPS = 1000  # of the schedule, which costs the same whatever its length
 
@@ -61,9 +62,14 @@ class TrainingRow:
 
 
 class Trainer:
-    """A model's weights, drawn once, for rows of several lengths."""
+    """A model's weights, drawn once, for rows of several lengths.
+
+    Raises ShardingError for a mesh that does not divide the model or the settings' rows.
+    """
 
     def __init__(self, config: ModelConfig, name: str, settings: FineTuning, mesh: Mesh) -> None:
+        check_mesh(config, mesh)
+        check_batch(settings.batch_size, mesh)
         self._name, self._settings, self._config = name, settings, config
         self._program: Program = make_program(
             config,

@@ -95,6 +95,18 @@ def test_rows_without_sums_over_devices_say_their_share() -> None:
     assert prefilling.startswith("sums over devices, prefill, batch 1, context 20: ")
 
 
+def test_batches_that_do_not_divide_over_the_mesh_are_left_out() -> None:
+    split_model = random_model(dataclasses.replace(SMALL, vocab_size=132), mesh=make_mesh(data=2, expert=2))
+    found = rows(split_model, batches=(1, 2), contexts=(9,), prompts=(20,), steps=2, collectives=True)
+    assert [str(row) for row in found if isinstance(row, DoesNotFit)] == [
+        "1 rows do not divide: data = 2: leave this batch out"
+    ]
+    assert [(row.phase, row.batch, row.left_out) for row in found if isinstance(row, Row)] == [
+        *(("decode", 2, left_out) for left_out in (None, "collectives")),
+        *(("prefill", 1, left_out) for left_out in (None, "generate", "collectives")),
+    ]
+
+
 def test_each_device_alone_goes_on_with_its_own_part() -> None:
     split_model = random_model(dataclasses.replace(SMALL, vocab_size=132), mesh=make_mesh(expert=2))
     with stand_ins.alone(split_model) as variant:
@@ -135,6 +147,17 @@ def test_row_that_does_not_fit_is_left_out(model: Transformer, monkeypatch: pyte
     assert "10000" not in str(left_out)
     assert str(left_out).endswith("0.0 GB are free: batch 2 at a context of 564: leave this row out")
     assert isinstance(row, Row), "the others are measured"
+
+
+def test_cache_on_a_mesh_needs_a_devices_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    split_model = random_model(dataclasses.replace(SMALL, vocab_size=132), mesh=make_mesh(expert=2))
+    whole = steps.random_cache(split_model, batch=2, room=504, seed=0).nbytes
+    monkeypatch.setattr(steps, "_free_bytes", lambda: whole * 0.6)
+    (row,) = rows(split_model, batches=(2,), contexts=(500,), steps=4)
+    assert isinstance(row, Row)
+    monkeypatch.setattr(steps, "_free_bytes", lambda: whole * 0.4)
+    (left_out,) = rows(split_model, batches=(2,), contexts=(500,), steps=4)
+    assert isinstance(left_out, DoesNotFit)
 
 
 def test_device_that_runs_out_of_memory_costs_the_row(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:

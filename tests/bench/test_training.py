@@ -63,3 +63,11 @@ def test_defaults_are_the_trainers(monkeypatch):
 def test_checkpoint_is_no_subject_of_the_training_rows(tmp_path, capsys):
     assert main(["bench", str(tmp_path), "--train", "lora"]) == 2
     assert "a checkpoint and --train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"), [("data=2", "1 rows do not divide over data = 2"), ("expert=3", "8 experts do not divide")]
+)
+def test_mesh_that_does_not_divide_is_refused(mesh, message, capsys):
+    assert main(["bench", "--model", "tiny", "--train", "full", "--mesh", mesh]) == 2
+    assert message in capsys.readouterr().err
