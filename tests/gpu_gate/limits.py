@@ -8,9 +8,17 @@ Limits = dict[str, dict[str, float]]
 
 NAMES = (
     "decode-1", "decode-8", "decode-128", "draw-8", "prefill-2048", "train-2048", "decode-8-two", "prefill-2048-two",
+    "decode-8-eight", "decode-8-two-by-four", "decode-128-four", "prefill-2048-four", "full-4096-four",
 )  # fmt: skip
 """The programs: a greedy decode step of so many rows, one that draws, a prefill of so many tokens, an update of a LoRA
-fine-tuning with a row of so many; on two GPUs."""
+fine-tuning with a row of so many, or of a full one; last its mesh, one GPU without it."""
+MESHES: dict[str, dict[str, int]] = {
+    "": {},
+    "two": {"expert": 2},
+    "four": {"expert": 4},
+    "eight": {"expert": 8},
+    "two-by-four": {"data": 2, "expert": 4},
+}
 SPILLS = "spill_bytes "
 """Before the name of a kernel: its limit, and by that the kernels a program is expected to have."""
 _FILE = Path(__file__).with_name("limits.json")

@@ -1,4 +1,4 @@
-"""The programs of the gate, compiled for one or two H200s from shapes alone: a step, a chunk of prefill, an update.
+"""The programs of the gate, compiled for one to eight H200s from shapes alone: a step, a chunk of prefill, an update.
 
 `python -m tests.gpu_gate.programs NAME RESULT.json` compiles one of them at two depths, in a process of its own, so
 that what ptxas says on the standard output belongs to it.
@@ -6,6 +6,7 @@ that what ptxas says on the standard output belongs to it.
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from jax.sharding import Mesh
 
 from gptoss_jax.bench.launches import Launch, count, program_launches, step_launches
 from gptoss_jax.config import gpt_oss_20b
+from gptoss_jax.finetune.settings import Method
 from gptoss_jax.generation.generate import PREFILL_TOKENS
 from gptoss_jax.generation.sampling import Sampling
 from gptoss_jax.plan.collectives import Collective, program_collectives, step_collectives
 from gptoss_jax.plan.programs import DRAWN, abstract_cache, abstract_model, lowered_decode, lowered_prefill
 from gptoss_jax.plan.topologies import find
+from tests.gpu_gate.limits import MESHES
 from tests.gpu_gate.training import lowered_update
 
 DEPTHS = (2, 4)
 """Layers: as many sliding as full ones. The difference is what layers cost, the rest what the step costs once."""
-_WHOLE = ("prefill", "train")
+_METHODS: dict[str, Method] = {"train": "lora", "full": "full"}
+_WHOLE = ("prefill", *_METHODS)
 """Programs that are a step, not a loop of steps."""
 _CONTEXT = 1088
 _TOKENS = PREFILL_TOKENS["hopper"]
@@ -32,9 +36,10 @@ _TOKENS = PREFILL_TOKENS["hopper"]
 def compiled(name: str, depth: int, mesh: Mesh) -> Any:
     """The program called `name`, of the 20b at full width with `depth` layers."""
     kind, number, *_ = name.split("-")
-    if kind == "train":
-        return lowered_update(gpt_oss_20b().first_layers(depth), mesh, sequence_length=int(number)).compile()
-    model = abstract_model(gpt_oss_20b().first_layers(depth), mesh)
+    config = gpt_oss_20b().first_layers(depth)
+    if kind in _METHODS:
+        return lowered_update(config, mesh, method=_METHODS[kind], sequence_length=int(number)).compile()
+    model = abstract_model(config, mesh)
     if kind == "prefill":
         length = int(number)
         cache = abstract_cache(model, batch=1, max_length=length, max_chunk=_TOKENS)
@@ -46,7 +51,9 @@ def compiled(name: str, depth: int, mesh: Mesh) -> Any:
 
 def figures(name: str) -> dict[str, Any]:
     """Launches a layer and outside of the layers, temporaries of the deeper program, and the list of its launches."""
-    mesh = find("h200:2").mesh(expert=2) if name.endswith("-two") else find("h200:1").mesh()
+    _, _, *mesh_name = name.split("-", 2)
+    axes = MESHES["".join(mesh_name)]
+    mesh = find(f"h200:{math.prod(axes.values())}").mesh(**axes)
     programs = [compiled(name, depth, mesh) for depth in DEPTHS]
     listed = [_launches(name, program.as_text()) for program in programs]
     shallow, deep = (count(launches) for launches in listed)

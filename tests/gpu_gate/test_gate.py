@@ -72,15 +72,33 @@ def test_output_without_kernels_fails(
     assert not (tmp_path / "limits.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "two"),
+    [
+        ("decode-8-eight", "decode-8-two"),
+        ("decode-8-two-by-four", "decode-8-two"),
+        ("prefill-2048-four", "prefill-2048-two"),
+    ],
+)
+def test_layer_on_more_gpus_launches_and_sends_what_it_does_on_two(more: str, two: str) -> None:
+    table = limits.read()
+    for key in ("launches_per_layer", "collectives_per_layer"):
+        assert table[more][key] == table[two][key]
+    assert set(table[more]) == set(table[two]), "the same kernels"
+
+
 @pytest.mark.parametrize("name", limits.NAMES)
 def test_every_program_has_its_limits(name: str) -> None:
     figures = set(limits.read()[name])
     kernels = {key for key in figures if key.startswith(limits.SPILLS)}
     counted = {f"{what}_{where}" for what in ("launches", "collectives") for where in ("per_layer", "outside")}
     assert figures - kernels == {*counted, "temporary_bytes"}
-    parts = "attention", "experts" if name.removesuffix("-two") in ("decode-1", "decode-8", "draw-8") else "grouped"
+    few_rows = name == "decode-1" or name.startswith(("decode-8", "draw-8"))
+    parts = "attention", "experts" if few_rows else "grouped"
     if name.startswith("train"):
-        parts = "grouped_down", "grouped_transposed"
+        parts = "attention_gradients", "grouped_down", "grouped_transposed"
+    if name.startswith("full"):  # XLA multiplies the masters
+        parts = ("attention_gradients",)
     assert all(any(part in kernel for kernel in kernels) for part in parts), "the most expensive kernels are checked"
 
 

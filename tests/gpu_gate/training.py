@@ -1,4 +1,4 @@
-"""An update of a LoRA fine-tuning, lowered for GPUs that need not be there."""
+"""An update of a fine-tuning, lowered for GPUs that need not be there."""
 
 from typing import Any, cast
 
@@ -12,13 +12,13 @@ from gptoss_jax.finetune.batches import Batch
 from gptoss_jax.finetune.initial import read_frozen
 from gptoss_jax.finetune.optimizer import optimizer
 from gptoss_jax.finetune.placement import DATA, training_mesh
-from gptoss_jax.finetune.settings import FineTuning
-from gptoss_jax.finetune.step import make_program
+from gptoss_jax.finetune.settings import FineTuning, Method
+from gptoss_jax.finetune.step import Frozen, make_program
 
 
-def lowered_update(config: ModelConfig, mesh: Mesh, *, sequence_length: int) -> Any:
-    """One row, with adapters on attention and experts."""
-    settings = FineTuning(batch_size=1, sequence_length=sequence_length)
+def lowered_update(config: ModelConfig, mesh: Mesh, *, method: Method, sequence_length: int) -> Any:
+    """One row, AdamW; with `lora`, adapters on attention and experts."""
+    settings = FineTuning(method=method, batch_size=1, sequence_length=sequence_length)
     program = make_program(
         config,
         training_mesh(mesh),
@@ -31,6 +31,6 @@ def lowered_update(config: ModelConfig, mesh: Mesh, *, sequence_length: int) -> 
         jax.ShapeDtypeStruct((1, 1, sequence_length), dtype, sharding=NamedSharding(program.mesh, P(None, DATA)))
         for dtype in (jnp.int32, jnp.float32)
     )
-    held = read_frozen(program, lambda leaves: cast(Any, leaves))
+    held = Frozen() if settings.lora is None else read_frozen(program, lambda leaves: cast(Any, leaves))
     batch = Batch(tokens=ints, targets=ints, weights=floats, segments=ints, positions=ints)
     return program.compile_step().lower(program.state_leaves, held.arrays, batch)
