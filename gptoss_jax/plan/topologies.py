@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import threading
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ MOST_CPUS = 256
 _MEMORY_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _DEFAULT_SHARE = 0.75  # JAX's own
 _CPU_NAMES = f"cpu:1 to cpu:{MOST_CPUS}"
+_LIBTPU = threading.Lock()  # JAX loads it at the first use, and of two threads that load it one fails
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ def _tpu_slice(generation: str, shape: str) -> Topology:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     host = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
-    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **host)
+    with _LIBTPU:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **host)
     return Topology(name=name, chip=chip, devices=tuple(described.devices), memory_bytes=chip.memory_bytes)
 
 

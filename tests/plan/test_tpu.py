@@ -49,6 +49,22 @@ def test_weights_and_cache_are_the_programs_arguments_tiles_included() -> None:
         assert [(found["kind"], found["count"]) for found in layers] == [("all-reduce", 5)]
 
 
+def test_two_threads_find_topologies_at_the_same_time() -> None:
+    """JAX asks whether libtpu is loaded and then loads it, once; here it takes its time in between."""
+    found = answer("""if True:
+        import json, time
+        from concurrent.futures import ThreadPoolExecutor
+        from jaxlib import xla_client
+        from gptoss_jax.plan.topologies import find
+
+        is_loaded = xla_client.pjrt_plugin_loaded
+        xla_client.pjrt_plugin_loaded = lambda name: is_loaded(name) or time.sleep(0.2)
+        with ThreadPoolExecutor(2) as pool:
+            print(json.dumps([topology.name for topology in pool.map(find, ["v5e:2x2", "v5p:2x2x1"])]))
+    """)
+    assert found == ["v5e:2x2", "v5p:2x2x1"]
+
+
 def test_memory_of_each_generation_is_what_its_compiler_says() -> None:
     said = answer("""if True:
         import json, re
