@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gptoss_jax.errors import GptOssError
+from gptoss_jax.errors import GptOssError, out_of_memory
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -138,6 +138,15 @@ def run_guarded(run: Callable[[argparse.Namespace], int], options: argparse.Name
             raise
         sys.stderr.write(
             f"gptoss-jax: {error.strerror or error}: {error.filename}: check the path and its permissions\n"
+        )
+        return BAD_INPUT
+    except RuntimeError as error:
+        what = out_of_memory(error)
+        if what is None:
+            raise
+        sys.stderr.write(
+            f"gptoss-jax: {what}: a device: ask for less at a time, or split the model over more with --mesh; "
+            "`gptoss-jax plan` says what fits\n"
         )
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -14,6 +14,11 @@ class GptOssError(Exception):
         self.fix = fix
 
 
+def out_of_memory(error: RuntimeError) -> str | None:
+    """The first line of XLA's complaint that a device's memory is not enough; None if `error` is another."""
+    return str(error).partition("\n")[0] if "RESOURCE_EXHAUSTED" in str(error) else None
+
+
 class ConfigError(GptOssError):
     """A config.json with an unknown, missing or impossible entry."""
 

@@ -14,7 +14,7 @@ from gptoss_jax.bench.report import Row
 from gptoss_jax.bench.roofline import Ceilings, Part
 from gptoss_jax.bench.steps import decode_row, prefill_row
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.errors import BenchError, DoesNotFit
+from gptoss_jax.errors import BenchError, DoesNotFit, out_of_memory
 from gptoss_jax.generation.steps import DECODE_BUFFER
 from gptoss_jax.model.transformer import Transformer
 
@@ -81,9 +81,9 @@ def _fitting(rows: Callable[[], Any]) -> Iterator[Row | DoesNotFit]:
     except DoesNotFit as error:
         yield error
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        what = out_of_memory(error)
+        if what is None:
             raise
-        what = str(error).partition("\n")[0]
         too_much = DoesNotFit(f"out of memory ({what:.120})", where="the device", fix="leave this row out")
         if distributed.num_processes() > 1:  # the others may have had enough, and go on with this row
             raise too_much from error

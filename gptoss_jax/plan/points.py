@@ -12,6 +12,7 @@ from jax.stages import Compiled
 
 from gptoss_jax.bench.roofline import Work
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.errors import out_of_memory
 from gptoss_jax.generation.generate import cache_room, chunk_size, prefill_chunk
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.plan.collectives import Collective, program_collectives, step_collectives
@@ -22,7 +23,6 @@ from gptoss_jax.plan.topologies import Topology
 from gptoss_jax.sharding import check_batch
 
 StepName = Literal["decode", "prefill"]
-_FULL = "RESOURCE_EXHAUSTED"
 _MOST_ESTIMATED_MS = 500
 
 
@@ -140,9 +140,10 @@ class Planner:
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 compiled = dict(zip(lowered, pool.map(_timed, lowered.values()), strict=True))
         except jax.errors.JaxRuntimeError as error:
-            if _FULL not in str(error):
+            refusal = out_of_memory(error)
+            if refusal is None:
                 raise
-            return dataclasses.replace(without, refusal=str(error).partition("\n")[0])
+            return dataclasses.replace(without, refusal=refusal)
         steps: dict[StepName, Step] = {
             name: Step(
                 usage=Usage.of(program, self._model, cache),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from convert.cli import (
@@ -73,6 +74,25 @@ def test_system_error_about_no_file_is_a_traceback(bug: OSError) -> None:
         raise bug
 
     with pytest.raises(OSError, match=str(bug.args[-1])):
+        run_guarded(fail, argparse.Namespace())
+
+
+def test_device_without_room_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def ask_for_too_much(options: argparse.Namespace) -> int:
+        return int(jnp.zeros(1 << 46, jnp.int8).sum())
+
+    assert run_guarded(ask_for_too_much, argparse.Namespace()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("gptoss-jax: RESOURCE_EXHAUSTED: Out of memory")
+    assert "--mesh" in message
+    assert message.count("\n") == 1
+
+
+def test_other_runtime_error_is_a_traceback() -> None:
+    def fail(options: argparse.Namespace) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
         run_guarded(fail, argparse.Namespace())
 
 
