@@ -91,7 +91,8 @@ def compile_ahead(
                         waiting.append(pool.submit(lowered_decode(variant, steps=steps, **shape).compile))
                 for num_tokens in prompts:
                     with contextlib.suppress(DoesNotFit, jax.errors.JaxRuntimeError):
-                        waiting += [pool.submit(each.compile) for each in _Prompt.of(variant, num_tokens).lowered()]
+                        programs = _Prompt.of(variant, num_tokens).lowered().values()
+                        waiting += [pool.submit(each.compile) for each in programs]
         wait(waiting)
 
 
@@ -128,9 +129,15 @@ class _Prompt:
             chunks.append((padded, np.pad(np.array([chunk.size], np.int32), (0, rows - 1))))
         return cls(flattened(model), with_lengths(cache, np.zeros(rows, np.int32)), place(chunks, model.mesh))
 
-    def lowered(self) -> list[jax.stages.Lowered]:
-        """The program of each chunk; chunks of one length share it."""
-        return [prefill.lower(self.passed, self.cache, *chunk) for chunk in self.chunks]
+    @property
+    def lengths(self) -> list[int]:
+        """Of the chunks, padding included."""
+        return [tokens.shape[1] for tokens, _ in self.chunks]
+
+    def lowered(self) -> dict[int, jax.stages.Lowered]:
+        """The program of each length of chunk."""
+        chunks = dict(zip(self.lengths, self.chunks, strict=True))
+        return {length: prefill.lower(self.passed, self.cache, *chunk) for length, chunk in chunks.items()}
 
 
 def _program_row(model: Transformer, name: str, ceilings: Ceilings, *, num_tokens: int, part: Part | None) -> Row:
@@ -147,12 +154,13 @@ def _program_row(model: Transformer, name: str, ceilings: Ceilings, *, num_token
         return logits, cache
 
     began = time.perf_counter()
-    compiled = [lowered.compile() for lowered in prompt.lowered()]
+    compiled = {length: lowered.compile() for length, lowered in prompt.lowered().items()}
     compile_s = time.perf_counter() - began
     times = measure(run, lambda: with_lengths(cache, empty))
     if not bool(jnp.isfinite(logits).all()):
         raise BenchError("logits that are no numbers", where="prefilling", fix="compare with impl='reference'")
     on_cpu = jax.default_backend() == "cpu"
+    texts = [compiled[length].as_text() or "" for length in prompt.lengths]
     return Row.of(
         name,
         "prefill",
@@ -163,7 +171,7 @@ def _program_row(model: Transformer, name: str, ceilings: Ceilings, *, num_token
         context=num_tokens,
         num_tokens=num_tokens,
         left_out="generate" if part is None else part,
-        launches=None if on_cpu else sum(count(program_launches(each.as_text() or "")) for each in compiled),
+        launches=None if on_cpu else sum(count(program_launches(text)) for text in texts),
         compile_s=compile_s,
     )
 

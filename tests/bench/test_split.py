@@ -152,3 +152,14 @@ def test_rows_of_every_stage(model: Transformer) -> None:
     prefilling = split.prefill_rows(model, "small", RATES, num_tokens=40, parts=["experts"])
     assert [row.left_out for row in prefilling] == [None, "generate", "experts"]
     assert max(row.compile_s or 0 for row in prefilling[1:]) < 0.5, "they were compiled ahead"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("once")
+def test_chunks_of_one_length_share_a_program(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[int] = []
+    lower = split.prefill.lower
+    monkeypatch.setattr("gptoss_jax.bench.steps.prefill_chunk", lambda *_: 32)
+    monkeypatch.setattr(split.prefill, "lower", lambda *passed: lowered.append(passed[2].shape[1]) or lower(*passed))
+    split.prefill_rows(model, "small", RATES, num_tokens=72, parts=[])
+    assert sorted(lowered) == [16, 32], "of 32, 32 and 16 with padding"
