@@ -52,8 +52,9 @@ def load(
 def restore(directory: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Restore the parameters named in `abstract` (dotted paths), each as its shape, dtype and sharding say.
 
-    Host memory holds a gigabyte or two at a time on the way to the devices, never the whole. Raises CheckpointError
-    for an incomplete checkpoint, a parameter it does not hold, or one it holds in another shape or dtype.
+    A gigabyte or two are read at a time. On GPUs what was read and waits for them takes host memory too: 13 GiB of a
+    120b restored onto two (docs/performance.md). Raises CheckpointError for an incomplete checkpoint, a parameter it
+    does not hold, or one it holds in another shape or dtype.
 
     Example:
         >>> on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
