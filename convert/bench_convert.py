@@ -4,9 +4,10 @@
     python -m convert.bench_convert SOURCE SCRATCH RESULT.json --mesh expert=2
 
 `cp` leaves part of what it wrote in memory; the conversion returns when all is on the disk. So `cp` is timed twice, up
-to its return and up to the flush of its files. The last conversion stays in SCRATCH/converted; it is verified against
-SOURCE and, with --mesh, restored onto those devices. Each step starts with cold caches where the system lets us drop
-them. RESULT is written after each step, and those it holds are not taken again: a run that was cut short goes on.
+to its return and up to the flush of its files. SCRATCH/copy and SCRATCH/converted are replaced; the second keeps the
+last conversion, which is verified against SOURCE and, with --mesh, restored onto those devices. Each step starts with
+cold caches where the system lets us drop them. RESULT is written after each step, and those it holds are not taken
+again: a run that was cut short goes on.
 """
 
 import argparse
@@ -28,11 +29,14 @@ from typing import Any
 
 from convert.cli import run_guarded
 from convert.source import Source, open_source
+from gptoss_jax.bench.report import commit
 from gptoss_jax.errors import ConversionError
 from gptoss_jax.manifest import chunk_shape, partial_directory
 from gptoss_jax.sharding import parse_axes
 
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_RESTORE = "restore "
+"""Before a mesh: the step's name."""
 _MIB = 1 << 20
 
 
@@ -65,37 +69,47 @@ def measure(
     """Take the steps that `result` does not hold yet, and write it after each.
 
     Raises ConversionError if it is of another checkpoint, machine or version, if the conversion that it is of is gone,
-    or if a step fails; ShardingError for a mesh that is none.
+    if `path` is where a copy or a conversion goes, or if a step fails; ShardingError for a mesh that is none.
     """
     if repeats < 1:
         raise ConversionError(f"{repeats} turns", where="--repeats", fix="take at least one")
+    if not result.resolve().parent.is_dir():
+        raise ConversionError("no such folder", where=str(result.parent), fix="make it first")
     if mesh is not None:
         parse_axes(mesh)
     source = open_source(path)
-    converted = scratch / "converted"
-    figures = _surroundings(source, scratch, conditions)
-    figures["command"] += f" --repeats {repeats}" + (f" --mesh {mesh}" if mesh else "")
+    copy, converted = scratch / "copy", scratch / "converted"
+    for folder in (copy, converted, partial_directory(converted)):
+        if source.folder.path.resolve().is_relative_to(folder.resolve()):
+            raise ConversionError("the source would be replaced", where=str(folder), fix="name another scratch folder")
+    figures = _surroundings(source, scratch)
     if result.exists():
         figures = _kept(result, figures)
-        if figures.get("convert") and not converted.exists():
+        if len(figures.get("convert", [])) >= repeats and not converted.exists():
             raise ConversionError("the conversion that was timed is gone", where=str(converted), fix="name a new file")
+    figures["command"] = f"python -m convert.bench_convert SOURCE SCRATCH RESULT --repeats {repeats}" + (
+        f" --mesh {mesh}" if mesh else ""
+    )
+    circumstances = {"date": datetime.date.today().isoformat(), "commit": commit(), "conditions": conditions}
     steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        ("cp", lambda: _copy(source, scratch / "copy")),
+        ("cp", lambda: _copy(source, copy)),
         ("convert", lambda: _convert(source, converted)),
     ] * repeats
     steps.append(("verify", lambda: _verify(source, converted)))
     if mesh is not None:
-        steps.append((f"restore {mesh}", lambda: _restore(converted, mesh)))
+        steps.append((f"{_RESTORE}{mesh}", lambda: _restore(converted, mesh)))
     taken = collections.Counter[str]()
     for name, take in steps:
-        turns = figures.setdefault(name, [])
         taken[name] += 1
-        if len(turns) < taken[name]:
-            turns.append(take())
-            _replace(result, json.dumps(figures | _against_cp(figures), indent=2) + "\n")
-            sys.stdout.write(f"{name}: {json.dumps(turns[-1])}\n")
-        else:
+        if len(figures.get(name, [])) >= taken[name]:
             sys.stdout.write(f"{name}: in {result.name} already\n")
+            continue
+        turn = take() | circumstances
+        if name == "convert":  # of the one before it
+            figures = {key: value for key, value in figures.items() if not key.startswith(("verify", _RESTORE))}
+        figures[name] = [*figures.get(name, []), turn]
+        _replace(result, json.dumps(figures | _against_cp(figures), indent=2) + "\n")
+        sys.stdout.write(f"{name}: {json.dumps(turn)}\n")
         sys.stdout.flush()
 
 
@@ -119,13 +133,10 @@ def _replace(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def _surroundings(source: Source, scratch: Path, conditions: str) -> dict[str, Any]:
+def _surroundings(source: Source, scratch: Path) -> dict[str, Any]:
     largest_slice = _largest_slice(source)
     scratch.mkdir(parents=True, exist_ok=True)
     return {
-        "conditions": conditions,
-        "command": "python -m convert.bench_convert SOURCE SCRATCH RESULT",
-        "date": datetime.date.today().isoformat(),
         "hardware": {
             "cpu": _processor(),
             "cores": os.cpu_count(),
@@ -160,39 +171,41 @@ def _against_cp(figures: dict[str, Any]) -> dict[str, float]:
 def _copy(source: Source, copy: Path) -> dict[str, Any]:
     _remove(copy)
     copy.mkdir()
-    dropped = _drop_caches()
+    cold = _drop_caches([source.folder.path])
     started = time.monotonic()
-    subprocess.run(["cp", *map(str, source.folder.files), str(copy)], check=True)
+    code = subprocess.run(["cp", *map(str, source.folder.files), str(copy)], check=False).returncode
     seconds = time.monotonic() - started
+    _check_ended(code, "cp")
     for file in copy.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     flushed = time.monotonic() - started
     num_bytes = sum(file.stat().st_size for file in copy.iterdir())
     _remove(copy)
-    return _figures(num_bytes, seconds) | {"flushed_seconds": round(flushed, 2), "cold_caches": dropped}
+    return _figures(num_bytes, seconds) | {"flushed_seconds": round(flushed, 2), "cold_caches": cold}
 
 
 def _convert(source: Source, destination: Path) -> dict[str, Any]:
     _remove(destination)
     _remove(partial_directory(destination))
-    usage, _ = _child("convert", str(source.folder.path), str(destination))
+    usage, _ = _child("convert", str(source.folder.path), str(destination), reads=[source.folder.path])
     return _figures(source.num_bytes, usage["seconds"]) | usage
 
 
 def _verify(source: Source, converted: Path) -> dict[str, Any]:
-    usage, _ = _child("gptoss_jax.cli", "verify", str(converted), str(source.folder.path))
+    reads = [converted, source.folder.path]
+    usage, _ = _child("gptoss_jax.cli", "verify", *map(str, reads), reads=reads)
     return _figures(source.num_bytes, usage["seconds"]) | usage
 
 
 def _restore(converted: Path, mesh: str) -> dict[str, Any]:
-    usage, said = _child("convert.bench_restore", str(converted), "--mesh", mesh)
+    usage, said = _child("convert.bench_restore", str(converted), "--mesh", mesh, reads=[converted])
     return {"process_seconds": usage.pop("seconds")} | usage | json.loads(said)
 
 
-def _child(module: str, *arguments: str) -> tuple[dict[str, Any], str]:
+def _child(module: str, *arguments: str, reads: Sequence[Path]) -> tuple[dict[str, Any], str]:
     """Run a module with cold caches; its time and memory, and what it wrote to the standard output."""
-    dropped = _drop_caches()
+    cold = _drop_caches(reads)
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=output)
@@ -201,16 +214,18 @@ def _child(module: str, *arguments: str) -> tuple[dict[str, Any], str]:
         output.seek(0)
         said = output.read()
     child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise ConversionError(
-            f"it ended with {child.returncode}", where=f"python -m {module}", fix="see what it said above"
-        )
+    _check_ended(child.returncode, f"python -m {module}")
     return {
         "seconds": round(seconds, 2),
         "peak_rss_mib": round(usage.ru_maxrss / 1024, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "cold_caches": dropped,
+        "cold_caches": cold,
     }, said
+
+
+def _check_ended(code: int, command: str) -> None:
+    if code:
+        raise ConversionError(f"it ended with {code}", where=command, fix="see what it said above, and run this again")
 
 
 def _figures(num_bytes: int, seconds: float) -> dict[str, Any]:
@@ -226,13 +241,14 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _drop_caches() -> bool:
-    """Write out and forget what the system caches of files; False where it needs rights we do not have."""
+def _drop_caches(reads: Sequence[Path]) -> bool:
+    """Write out and forget what the system caches of files. Whether reading these will be reading from a disk: not
+    where it needs rights we do not have, nor what lies in memory."""
     os.sync()
     if not os.access(_DROP_CACHES, os.W_OK):
         return False
     _DROP_CACHES.write_text("3\n")
-    return True
+    return all(_file_system(path) != "tmpfs" for path in reads)
 
 
 def _largest_slice(source: Source) -> int:
@@ -244,7 +260,7 @@ def _largest_slice(source: Source) -> int:
 
 
 def _file_system(path: Path) -> str:
-    """Its type: what is on tmpfs is in memory, and its caches cannot be dropped."""
+    """Its type; what is on tmpfs is in memory."""
     return subprocess.run(
         ["stat", "-f", "-c", "%T", str(path)], check=True, capture_output=True, text=True
     ).stdout.strip()

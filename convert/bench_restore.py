@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from convert.cli import run_guarded
 from gptoss_jax.checkpoint import restore
 from gptoss_jax.compilation import enable_cache
 from gptoss_jax.config import ModelConfig
@@ -28,9 +29,13 @@ from gptoss_jax.sharding import make_mesh, parse_axes
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m convert.bench_restore")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--mesh", type=parse_axes, required=True, metavar="AXES")
-    options = parser.parse_args()
-    sys.stdout.write(json.dumps(measure(options.checkpoint, options.mesh)) + "\n")
+    parser.add_argument("--mesh", required=True, metavar="AXES")
+    sys.exit(run_guarded(_run, parser.parse_args()))
+
+
+def _run(options: argparse.Namespace) -> int:
+    sys.stdout.write(json.dumps(measure(options.checkpoint, parse_axes(options.mesh))) + "\n")
+    return 0
 
 
 def measure(directory: Path, axes: Mapping[str, int]) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 The command line prints any of them in one line and exits with code 2 (see gptoss_jax/cli.py).
 """
 
+import re
+
+_OF_KERNELS = re.compile(r"shared memory|vmem|smem", re.IGNORECASE)
+
 
 class GptOssError(Exception):
     """Base of every error caused by input rather than by a bug."""
@@ -15,8 +19,12 @@ class GptOssError(Exception):
 
 
 def out_of_memory(error: RuntimeError) -> str | None:
-    """The first line of XLA's complaint that a device's memory is not enough; None if `error` is another."""
-    return str(error).partition("\n")[0] if "RESOURCE_EXHAUSTED" in str(error) else None
+    """The first line of XLA's complaint that a device's memory is not enough; None if `error` is another.
+
+    A kernel that asks for more of a processor's own memory than there is has the same status, and is a bug.
+    """
+    first = str(error).partition("\n")[0]
+    return first if "RESOURCE_EXHAUSTED" in str(error) and not _OF_KERNELS.search(first) else None
 
 
 class ConfigError(GptOssError):

@@ -1,9 +1,11 @@
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -88,11 +90,19 @@ def test_device_without_room_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert message.count("\n") == 1
 
 
-def test_other_runtime_error_is_a_traceback() -> None:
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "INTERNAL: an unknown error",
+        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 240000, available: 232448",
+        "RESOURCE_EXHAUSTED: Allocation (size=268435456) would exceed memory (size=134217728) :: [space=vmem, scoped]",
+    ],
+)
+def test_other_complaint_of_xla_is_a_traceback(bug: str) -> None:
     def fail(options: argparse.Namespace) -> int:
-        raise RuntimeError("a bug")
+        raise jax.errors.JaxRuntimeError(bug)
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(bug)):
         run_guarded(fail, argparse.Namespace())
 
 
