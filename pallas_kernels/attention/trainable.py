@@ -40,12 +40,14 @@ def segment_attention(
         array = array.reshape(batch, length + padding, num_kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
         return array.reshape(-1, *array.shape[2:])
 
+    # Finite, so that a position which sees neither keys nor a sink of -inf takes no difference of infinities.
+    sinks = jnp.maximum(sinks.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     answers = _jitted(
         by_head(queries),
         by_head(keys)[:, 0],
         by_head(values)[:, 0],
         jnp.repeat(jnp.pad(segments, ((0, 0), (0, padding))), num_kv_heads, axis=0),
-        jnp.tile(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), (batch, 1)),
+        jnp.tile(sinks.reshape(num_kv_heads, -1), (batch, 1)),
         reach=reach,
         block=block,
     )

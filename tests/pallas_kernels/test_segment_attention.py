@@ -102,6 +102,15 @@ def test_padding_is_zero_and_moves_nothing():
         assert np.asarray(array)[~padding].any(axis=(1, 2)).all()
 
 
+def test_head_without_a_sink():
+    """exp(-inf) adds nothing, where there is padding too."""
+    queries, keys, values, sinks, d_answers = random_arrays(6)
+    arrays = queries, keys, values, sinks.at[::2].set(-jnp.inf), d_answers
+    found = value_and_gradients(ours, arrays, SEGMENTS, window=None, block=16)
+    assert_close(found, value_and_gradients(formula, arrays, SEGMENTS, window=None), 1e-5)
+    assert not np.asarray(found[0])[np.asarray(SEGMENTS == 0)].any()
+
+
 def test_gradients_are_finite_differences():
     """Along each argument's gradient, the answer's slope is the gradient's norm."""
     *arguments, d_answers = random_arrays(5)
