@@ -6,10 +6,8 @@ through the rows that see them; a block of the other holds rows and goes through
 through is brought by a warpgroup of its own, through a ring in shared memory.
 
 A row is one query head of one token. Under the interpreter the products are plain JAX
-(`hopper_gradients_parts.interpreted`); the ring, its barriers and copies are those of the hardware.
-
-H200, 2026-11-22, one segment, 64 query and 8 key/value heads, us for keys with values and for queries: 2048 tokens 149
-and 126 (460 and 410 TFLOP/s), 8192 tokens 1985 and 1642 (550 and 500), 8192 with a window of 128 147 and 167.
+(`hopper_gradients_parts.interpreted`); the ring, its barriers and copies are those of the hardware. Times on an H200
+are in docs/kernels.md.
 """
 
 import dataclasses
